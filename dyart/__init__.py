@@ -1,0 +1,1 @@
+"""The DyART method: boundary search, margin gradient, losses, attacks, averaging, experiment folder."""
