@@ -30,7 +30,7 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[nn.M
         model.requires_grad_(False)
         if batch_statistics:
             for module, _ in tracking:
-                # In training mode without tracking, BatchNorm is handed no running statistics, so it cannot change them.
+                # Training without tracking, BatchNorm is handed no running statistics, so it cannot change them.
                 module.training, module.track_running_stats = True, False
         yield model
     finally:
