@@ -1,0 +1,72 @@
+"""Datasets by name: `load_data(name, data_dir)`. A new dataset is one load function and one entry in DATASETS."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from data.cifar import load_cifar10
+from data.digits import load_digits
+from data.files import Split
+from data.loader import Loader, balanced_subset, to_input
+
+__all__ = ["DATASETS", "DatasetInfo", "Loader", "Split", "balanced_subset", "hold_out", "load_data", "to_input"]
+
+DEFAULT_DATA_DIR = Path(__file__).parent
+
+
+class DatasetInfo(NamedTuple):
+    """What there is to know of a dataset before it is loaded.
+
+    mean, std: of the training pixels in [0,1], per channel. held_out: how much of the training set `hold_out` keeps
+    for validation: the first so many images, or (a float) a seeded random fraction.
+    """
+
+    num_classes: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    held_out: int | float
+    load: Callable[..., tuple[Split, Split]]
+
+
+DATASETS = {
+    "cifar10": DatasetInfo(10, 32, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 1024, load_cifar10),
+    "digits": DatasetInfo(10, 32, (0.3053, 0.3053, 0.3053), (0.3238, 0.3238, 0.3238), 200, load_digits),
+}
+
+
+def _info(name: str) -> DatasetInfo:
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset '{name}': must be one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def load_data(
+    name: str, data_dir: str | os.PathLike = DEFAULT_DATA_DIR, *, download: bool = True
+) -> tuple[Split, Split]:
+    """Return (train, test) of dataset `name`: images (N,H,W,3) uint8, labels (N,) int64.
+
+    Prepares the files below `data_dir` first where they are missing or damaged, by downloading if `download` allows.
+    Raises ValueError (unknown name, unusable file) or OSError (no source answers, no permission) in one line.
+    """
+    return _info(name).load(data_dir, download=download)
+
+
+def hold_out(split: Split, name: str, seed: int) -> tuple[Split, Split]:
+    """Divide a training split of dataset `name` into (train, validation), as the paper does (see DatasetInfo).
+
+    `seed` matters where the held-out part is random. Raises ValueError if nothing would be left to train on.
+    """
+    held_out, total = _info(name).held_out, len(split.labels)
+    order = torch.arange(total)
+    if isinstance(held_out, float):
+        order = torch.from_numpy(np.random.default_rng([seed, 0, 0, 3]).permutation(total))
+        held_out = round(held_out * total)
+    if not 0 < held_out < total:
+        raise ValueError(f"{name}: cannot hold out {held_out} of {total} training images for validation")
+    validation, train = order[:held_out].sort().values, order[held_out:].sort().values
+    return Split(split.images[train], split.labels[train]), Split(split.images[validation], split.labels[validation])

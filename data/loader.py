@@ -1,0 +1,127 @@
+"""From uint8 images to training batches: splits, subsets, and a loader without state or workers."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data.files import Split
+from data.generated import Auxiliary
+
+PADDING = 4  # of the random crop, in pixels
+
+
+def _rng(seed: int, epoch: int, step: int, purpose: int) -> np.random.Generator:
+    """A generator that depends on these numbers only. NumPy's, because torch's uses 32 bits of its seed."""
+    return np.random.default_rng([seed, epoch, step, purpose])
+
+
+def to_input(images: torch.Tensor) -> torch.Tensor:
+    """Turn images (n,H,W,3) uint8 into model input (n,3,H,W) float32 in [0,1], contiguous."""
+    return images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+
+def crop_and_flip(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Cut each image (n,H,W,3) out of its zero-padded self at (top, left) (n,) in [0, 8], then mirror it where flip."""
+    n, height, width, _ = images.shape
+    device = images.device
+    padded = F.pad(images, (0, 0, PADDING, PADDING, PADDING, PADDING))
+    rows = top[:, None] + torch.arange(height, device=device)
+    offsets = torch.arange(width, device=device).expand(n, width)
+    columns = left[:, None] + torch.where(flip[:, None], width - 1 - offsets, offsets)
+    return padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+class Loader:
+    """Batches of (x, y): x (n,3,H,W) float32 in [0,1], y (n,) int64, both on `device`.
+
+    The training images lie on `device` as uint8, and augmentation (random crop with padding 4, horizontal flip) is a
+    gather on the whole batch. All randomness is a function of (seed, epoch, step): there is no state to save, and
+    `epoch(e, start_step=k)` yields exactly what `epoch(e)` yields from step k on.
+
+    An epoch has ceil(len(train) / batch_size) steps, or `steps_per_epoch` where that is fewer. Without auxiliary data
+    it is one pass over the shuffled training set, with a smaller last batch. With auxiliary data each batch has
+    round(batch_size * auxiliary_fraction) auxiliary rows, drawn uniformly, after those from the shuffled training set.
+
+    Raises ValueError for a batch size below 1, a fraction outside [0,1], and more steps than an epoch has.
+    """
+
+    def __init__(
+        self,
+        train: Split,
+        batch_size: int,
+        *,
+        seed: int,
+        augment: bool = True,
+        auxiliary: Auxiliary | None = None,
+        auxiliary_fraction: float = 0.0,
+        steps_per_epoch: int | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size}: must be at least 1")
+        if not 0 <= auxiliary_fraction <= 1:
+            raise ValueError(f"auxiliary fraction {auxiliary_fraction}: must lie in [0, 1]")
+        if seed < 0:
+            raise ValueError(f"seed {seed}: must not be negative")
+        if len(train.labels) == 0:
+            raise ValueError("the training set is empty")
+        full_epoch = math.ceil(len(train.labels) / batch_size)
+        if steps_per_epoch is not None and not 1 <= steps_per_epoch <= full_epoch:
+            raise ValueError(f"steps per epoch {steps_per_epoch}: must lie in [1, {full_epoch}]")
+        self.images = train.images.to(device)
+        self.labels = train.labels.to(device)
+        self.seed = seed
+        self.augment = augment
+        self.auxiliary = auxiliary
+        self.auxiliary_rows = round(batch_size * auxiliary_fraction) if auxiliary is not None else 0
+        self.train_rows = batch_size - self.auxiliary_rows
+        self.steps = full_epoch if steps_per_epoch is None else steps_per_epoch
+        self.device = torch.device(device)
+
+    def __len__(self) -> int:
+        """Steps per epoch."""
+        return self.steps
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the batches of epoch number `epoch`, from step `start_step` on."""
+        order = _rng(self.seed, epoch, 0, 0).permutation(len(self.labels))
+        for step in range(start_step, self.steps):
+            yield self._batch(
+                order[step * self.train_rows : (step + 1) * self.train_rows], _rng(self.seed, epoch, step, 1)
+            )
+
+    def _batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        index = torch.from_numpy(rows).to(self.device)
+        images, labels = self.images[index], self.labels[index]
+        if self.auxiliary_rows:
+            drawn = rng.integers(len(self.auxiliary), size=self.auxiliary_rows)
+            extra = self.auxiliary.rows(drawn)
+            images = torch.cat([images, extra.images.to(self.device)])
+            labels = torch.cat([labels, extra.labels.to(self.device)])
+        if self.augment:
+            n = len(labels)
+            top, left = torch.from_numpy(rng.integers(2 * PADDING + 1, size=(2, n))).to(self.device)
+            flip = torch.from_numpy(rng.random(n) < 0.5).to(self.device)
+            images = crop_and_flip(images, top, left, flip)
+        return to_input(images), labels
+
+
+def balanced_subset(split: Split, n: int, seed: int) -> Split:
+    """Return n examples, as equally spread over the classes as the split allows, in the order they had.
+
+    The same for the same seed. Raises ValueError if n is not between 1 and the size of the split.
+    """
+    if not 1 <= n <= len(split.labels):
+        raise ValueError(f"subset of {n} examples: must lie between 1 and {len(split.labels)}")
+    order = _rng(seed, 0, 0, 2).permutation(len(split.labels))
+    labels = split.labels.cpu().numpy()[order]
+    by_class = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[by_class], labels[by_class])
+    rank = np.empty_like(order)
+    rank[by_class] = np.arange(len(order)) - first  # position of each example among those of its class
+    chosen = np.sort(order[np.argsort(rank, kind="stable")[:n]])
+    index = torch.from_numpy(chosen).to(split.labels.device)
+    return Split(split.images[index], split.labels[index])
