@@ -1,0 +1,221 @@
+"""Training losses. Each is a plain function (model, x, y, ...) -> (loss, metrics) that shows its formula.
+
+The loss is a mean over the batch, with its graph. The metrics are detached scalar tensors, none of which costs a pass
+through the network of its own:
+
+- `loss`;
+- `clean_loss`, the terms of the loss that look at x alone, and `robust_loss`, the others, weights included, so that
+  the two sum to `loss`; one that the loss does not have is left out;
+- `clean_accuracy` and `robust_accuracy` of the batch, on x and on the attacked x', as far as the loss visits them.
+
+Attacks run with the model frozen; the forward passes that are trained on run in train mode, which the model is left in.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyart.attacks import kl_divergence, pgd
+
+
+def clean_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The cross-entropy CE(x): clean training, and the burn-in.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps (n, ...) to logits (n, C).
+    x : Tensor (n, ...)
+        Pixels in [0, 1], n ≥ 1.
+    y : Tensor (n,), int64
+        True labels.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+    metrics : dict
+        `loss`, `clean_loss`, `clean_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        For an empty batch.
+    """
+    _check(x)
+    model.train()
+    logits = model(x)
+    loss = F.cross_entropy(logits, y)
+    return loss, _detached(loss=loss, clean_loss=loss, clean_accuracy=_accuracy(logits, y))
+
+
+def adversarial_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    step_size: float = 2 / 255,
+    steps: int = 10,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adversarial training (AT): CE(x'), with x' from PGD on the cross-entropy in eval mode.
+
+    Parameters
+    ----------
+    model, x, y
+        As in `clean_loss`.
+    norm, eps, step_size, steps, generator
+        The attack, see `dyart.attacks.pgd`.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+    metrics : dict
+        `loss`, `robust_loss`, `robust_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        For an empty batch, and as `pgd` does.
+
+    Source: Madry et al., 2018.
+    """
+    _check(x)
+    attack = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "generator": generator}
+    x_adv = pgd(model, x, y, objective="ce", start="uniform", **attack)
+    model.train()
+    logits_adv = model(x_adv)
+    loss = F.cross_entropy(logits_adv, y)
+    return loss, _detached(loss=loss, robust_loss=loss, robust_accuracy=_accuracy(logits_adv, y))
+
+
+def trades_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    beta: float = 6.0,
+    label_smoothing: float = 0.1,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    step_size: float = 2 / 255,
+    steps: int = 10,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """TRADES: CE(x) with label smoothing + (β/n) Σ KL(p(x) ‖ p(x')), where x' maximizes that KL.
+
+    The attack uses the statistics of the batch and does not write them back.
+
+    Parameters
+    ----------
+    model, x, y
+        As in `clean_loss`.
+    beta : float
+        β ≥ 0, the weight of the robust term.
+    label_smoothing : float
+        Share of the target that is spread evenly over all classes, in the clean term only.
+    norm, eps, step_size, steps, generator
+        The attack, see `dyart.attacks.pgd`.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+    metrics : dict
+        `loss`, `clean_loss`, `robust_loss`, `clean_accuracy`, `robust_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        For an empty batch, a β out of range, and as `pgd` does.
+
+    Source: Zhang et al., 2019, equation 5.
+    """
+    _check(x, beta)
+    attack = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "generator": generator}
+    x_adv = pgd(model, x, y, objective="kl", start="uniform", mode="batch", **attack)
+    model.train()
+    logits, logits_adv = model(x), model(x_adv)
+    clean = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
+    robust = beta * kl_divergence(F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)).mean()
+    loss = clean + robust
+    return loss, _detached(
+        loss=loss,
+        clean_loss=clean,
+        robust_loss=robust,
+        clean_accuracy=_accuracy(logits, y),
+        robust_accuracy=_accuracy(logits_adv, y),
+    )
+
+
+def mart_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    beta: float = 6.0,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    step_size: float = 2 / 255,
+    steps: int = 10,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """MART: CE(x') − log(1.0001 − max_{k≠y} p_k(x')) + (β/n) Σ KL(p(x) ‖ p(x')) (1 − p_y(x)).
+
+    x' comes from PGD on the cross-entropy in eval mode, from a start of 0.001 × standard normal noise.
+
+    Parameters
+    ----------
+    model, x, y
+        As in `clean_loss`.
+    beta : float
+        β ≥ 0, the weight of the divergence.
+    norm, eps, step_size, steps, generator
+        The attack, see `dyart.attacks.pgd`.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+    metrics : dict
+        `loss`, `robust_loss`, `clean_accuracy`, `robust_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        For an empty batch, a β out of range, and as `pgd` does.
+
+    Source: Wang et al., 2020, equation 11.
+    """
+    _check(x, beta)
+    attack = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "generator": generator}
+    x_adv = pgd(model, x, y, objective="ce", start="normal", **attack)
+    model.train()
+    logits, logits_adv = model(x), model(x_adv)
+    log_p, log_p_adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)
+    p_true = log_p.exp().gather(1, y[:, None])[:, 0]
+    p_runner_up = log_p_adv.exp().scatter(1, y[:, None], 0).amax(1)
+    boosted = F.nll_loss(log_p_adv, y) - torch.log(1.0001 - p_runner_up).mean()
+    loss = boosted + beta * (kl_divergence(log_p, log_p_adv) * (1 - p_true)).mean()
+    return loss, _detached(
+        loss=loss,
+        robust_loss=loss,
+        clean_accuracy=_accuracy(logits, y),
+        robust_accuracy=_accuracy(logits_adv, y),
+    )
+
+
+def _check(x: Tensor, beta: float = 0.0) -> None:
+    if x.shape[0] == 0:
+        raise ValueError(f"the mean loss of an empty batch is not defined: x has shape {tuple(x.shape)}")
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and at least 0, got {beta}")
+
+
+def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    return (logits.argmax(1) == y).float().mean()
+
+
+def _detached(**metrics: Tensor) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in metrics.items()}
