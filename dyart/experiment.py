@@ -1,0 +1,591 @@
+"""The experiment folder: settings, logs, metrics, checkpoints, results. The only code that touches its files.
+
+    args.yaml      every setting             latest.pt, previous.pt   where to resume, and the generation before
+    train.log      what happened, and when   best.pt, epoch_0010.pt   what is evaluated
+    metrics.csv    a row an epoch            autoattack.json, eval.log
+
+Every file but the logs is written beside, synced and renamed over the old one, so that a crash, a full disk or a lost
+permission leaves the file that was there. Nothing that is read is executed, and nothing that is refused is changed.
+Whatever is wrong with a file is an `ExperimentError` of one line that names the file.
+"""
+
+import contextlib
+import csv
+import difflib
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import secrets
+import socket
+import stat
+import struct
+import time
+import weakref
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import yaml
+
+CHECKPOINT_FORMAT = 1
+# What each kind of run holds: its lock and the files that only it writes, whose abandoned halves it may clear away.
+_LOCKS = {"train": (".lock", ("*.pt", "args.yaml", "metrics.csv")), "eval": (".lock-eval", ("*.json",))}
+_MAX_SETTINGS_BYTES = 1_000_000
+
+
+class ExperimentError(ValueError):
+    """An experiment's file or folder cannot be used; the message is one line that names it and says why."""
+
+
+class NewerFormatError(ExperimentError):
+    """A checkpoint was written by a later version of this program: intact, but not ours to read or to replace."""
+
+
+class Loaded(NamedTuple):
+    """What `Experiment.load_latest` found: the state, the file it came from, and why not latest.pt ("" if it was)."""
+
+    state: dict[str, Any]
+    path: Path
+    note: str
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _naming(action: str, path: Path) -> Iterator[None]:
+    """Turn the system's errors into one line that says what was tried and where."""
+    try:
+        yield
+    except OSError as error:
+        raise ExperimentError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    # Opening a pipe would wait for ever, and a device may have no end.
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise ExperimentError(f"cannot read {path}: not a regular file")
+    return open(path, "rb")
+
+
+def _read_text(path: Path) -> str:
+    with _naming("read", path), _open(path) as file:
+        data = file.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+
+
+def _write_file(path: Path, write: Callable[[BinaryIO], Any], before_replace: Callable[[], None] | None = None) -> None:
+    """Write beside `path`, sync, and rename over it: afterwards it is all new, or on any failure all old."""
+    temporary = _temporary(path)
+    try:
+        with _naming("write", path):
+            with open(temporary, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if before_replace is not None:
+                before_replace()
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Some network file systems cannot sync a folder; there the rename is as durable as they make it.
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, all of it or nothing. Raises ExperimentError, also for NaN and infinities."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"cannot write {path}: {error}") from error
+    _write_file(Path(path), lambda file: file.write(text.encode()))
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises ExperimentError where it is missing, unreadable or not JSON."""
+    text = _read_text(Path(path))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ExperimentError(f"cannot read {path}: not JSON ({error})") from error
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+_SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 over the types, shapes and bytes of nested dicts, lists, tuples, dense tensors and plain values.
+
+    Raises TypeError for anything else, which keeps out what `weights_only` would refuse to load.
+    """
+    seen: dict[int, bytes] = {}  # A crafted file may hold one list a million times, or inside itself.
+
+    def walk(value: Any, where: str) -> bytes:
+        if type(value) in _SCALARS:
+            return hashlib.sha256(f"{type(value).__name__} {value!r}".encode()).digest()
+        if id(value) in seen:
+            if not seen[id(value)]:
+                raise TypeError(f"{where} contains itself")
+            return seen[id(value)]
+        seen[id(value)] = b""
+        if type(value) in (torch.Tensor, torch.nn.Parameter):
+            content = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
+            content.update(_tensor_bytes(value, where))
+        elif type(value) in (dict, OrderedDict, Counter):
+            content = hashlib.sha256(b"dict")
+            for key, item in value.items():
+                content.update(walk(key, f"a key of {where}") + walk(item, f"{where}[{key!r}]"))
+        elif type(value) in (list, tuple, torch.Size):
+            content = hashlib.sha256(b"list" if type(value) is list else b"tuple")
+            for index, item in enumerate(value):
+                content.update(walk(item, f"{where}[{index}]"))
+        else:
+            raise TypeError(
+                f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which is not plain data"
+            )
+        seen[id(value)] = content.digest()
+        return seen[id(value)]
+
+    return walk(value, "the checkpoint").hex()
+
+
+def _tensor_bytes(tensor: torch.Tensor, where: str) -> Any:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise TypeError(f"{where} is not a dense tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise TypeError(f"{where} of shape {tuple(tensor.shape)} is larger than its storage (an expanded tensor)")
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write `state` with the format's version and a checksum; on failure the file that was there stays as it is.
+
+    `state` holds tensors (any device), None, bool, int, float, str, bytes, and dicts, lists and tuples of those; it need
+    not name the format. Raises TypeError for other content, ExperimentError where the file cannot be written.
+    """
+    _save_checkpoint(Path(path), state)
+
+
+def _save_checkpoint(path: Path, state: dict[str, Any], before_replace: Callable[[], None] | None = None) -> None:
+    content = {**state, "format": CHECKPOINT_FORMAT}
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save({**content, "sha256": digest}, file)
+        except RuntimeError as error:  # torch hides the system's error behind its own.
+            hidden = error.__context__
+            raise hidden if isinstance(hidden, OSError) else OSError(_one_line(error)) from None
+
+    content.pop("sha256", None)
+    digest = _digest(content)
+    _write_file(path, write, before_replace)
+
+
+def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any]:
+    """The state of a checkpoint on the CPU, with its version under "format"; no code in the file is ever run.
+
+    With `foreign`, also files that this program did not write: bare state dicts and the released code's checkpoints,
+    in either of torch's file formats; numpy's numbers in them come back as Python's. A checksum is verified where there
+    is one. Raises ExperimentError (NewerFormatError for a later version's checkpoint); the file is left alone.
+    """
+    path = Path(path)
+    with _naming("read", path), _open(path) as file:
+        try:
+            state = _read_torch(file, foreign)
+            digest = state.pop("sha256", None) if isinstance(state, dict) else None
+            version = state.get("format") if isinstance(state, dict) else None
+            ours = isinstance(digest, str) and type(version) is int
+            if ours and version > CHECKPOINT_FORMAT:
+                raise NewerFormatError(
+                    f"format {version}, of a later version; this one reads up to {CHECKPOINT_FORMAT}"
+                )
+            if not ours and not (foreign and isinstance(state, dict)):
+                raise ExperimentError("not a checkpoint of this program (no format and checksum in it)")
+            if _digest(state) != digest and ours:
+                raise ExperimentError("damaged (its checksum does not match its content)")
+        except OSError:
+            raise
+        except ExperimentError as error:
+            raise type(error)(f"{path}: {error}") from None
+        # Of damaged bytes and hostile pickles the readers make errors of any type.
+        except Exception as error:
+            raise ExperimentError(f"{path}: {_reason(error)}") from error
+    return state
+
+
+def _read_torch(file: BinaryIO, foreign: bool) -> Any:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            # torch stores its records as they are: compressed ones could expand to more than the memory holds.
+            size = os.fstat(file.fileno()).st_size
+            members = archive.infolist()
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                raise ExperimentError("not written by torch.save (its records are compressed or overlap)")
+            # torch does not look at the records' CRCs, and a wrong size in its pickle is better not believed.
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise ExperimentError(f"damaged (record {damaged!r})")
+    elif not foreign:
+        raise ExperimentError("empty" if not file.read(1) else "not a checkpoint, or a truncated one")
+    file.seek(0)
+    with torch.serialization.safe_globals(_NUMPY_STAND_INS if foreign else []):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _reason(error: Exception) -> str:
+    """torch's pages of advice, some of it dangerous, as half a line."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found is not None:
+        return f"refused: it names {found[1]}, and only tensors and plain values are loaded"
+    return f"not a checkpoint, or a damaged one ({_one_line(error).rpartition('WeightsUnpickler error: ')[2]})"
+
+
+class _NumpyDtype:
+    """Stands for numpy.dtype while a foreign checkpoint is read, of which it takes code and byte order only."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = "<" if state[1] == "|" else state[1]
+
+
+_STRUCT_CODES = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
+_STRUCT_CODES |= {"f2": "e", "f4": "f", "f8": "d"}
+
+
+def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> bool | int | float:
+    return struct.unpack(dtype.order + _STRUCT_CODES[dtype.code], data)[0]
+
+
+_NUMPY_STAND_INS = [
+    (_NumpyDtype, "numpy.dtype"),
+    (_numpy_scalar, "numpy.core.multiarray.scalar"),
+    (_numpy_scalar, "numpy._core.multiarray.scalar"),
+]
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+def _plain_settings(settings: Any, source: Path) -> dict[str, Any]:
+    """`settings` with tuples as lists, checked to be a mapping of names to plain values or flat lists of those."""
+    if not isinstance(settings, Mapping):
+        raise ExperimentError(f"{source}: must be a mapping of settings, is {type(settings).__name__}")
+    plain = (type(None), bool, int, float, str)
+    result = {}
+    for key, value in settings.items():
+        if type(key) is not str:
+            raise ExperimentError(f"{source}: the name of a setting must be text, not {str(key)[:50]!r}")
+        items = value if isinstance(value, list | tuple) else [value]
+        for item in items:
+            if type(item) not in plain:
+                raise ExperimentError(
+                    f"{source}: {key!r} holds a {type(item).__name__}; accepted are null, true, false, "
+                    "numbers, text and lists of those"
+                )
+        result[key] = list(items) if isinstance(value, list | tuple) else value
+    return result
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if path.is_file() and path.stat().st_size > _MAX_SETTINGS_BYTES:
+        raise ExperimentError(f"{path}: {path.stat().st_size} bytes cannot be settings")
+    text = _read_text(path)
+    try:
+        settings = yaml.safe_load(text)
+    # Beside YAMLError, its constructors let through ValueError, AttributeError, RecursionError and more.
+    except Exception as error:
+        raise ExperimentError(f"{path}: not plain YAML ({_one_line(error)})") from error
+    return _plain_settings(settings, path)
+
+
+def check_settings(
+    settings: Mapping[str, Any], spec: Mapping[str, type | tuple[type, ...]], source: str | Path = "args.yaml"
+) -> None:
+    """Hold `settings` against the type, or types, that `spec` gives for every name (type(None): may be null).
+
+    An int passes for a float; a bool passes for neither. Raises ExperimentError, one line with everything that is
+    unknown (and the nearest known name), missing or ill-typed; `source` is the file it names.
+    """
+    problems = []
+    for key, value in settings.items():
+        if key not in spec:
+            near = difflib.get_close_matches(key, spec, n=1)
+            problems.append(f"unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            continue
+        types = spec[key] if isinstance(spec[key], tuple) else (spec[key],)
+        if type(value) not in types and not (type(value) is int and float in types):
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            problems.append(f"{key!r} must be {names}, is {str(value)[:50]!r} ({type(value).__name__})")
+    problems += [f"setting {key!r} is missing" for key in spec if key not in settings]
+    if problems:
+        raise ExperimentError(f"{source}: " + "; ".join(problems))
+
+
+# --- The folder -------------------------------------------------------------------------------------------------------
+
+# A forked child shares its parent's locks and could hold them beyond the parent's death.
+_held_locks: "weakref.WeakSet[BinaryIO]" = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(_held_locks)])
+
+
+class Experiment:
+    """An experiment folder: `folder`, its `settings`, and for the one process that holds its lock, what it writes.
+
+    From `create`, or from `open` with lock="train" (log goes to train.log) or "eval" (to eval.log): the two do not
+    exclude each other, but each excludes its like, in any process. Without a lock it is for reading. A context manager:
+    leaving it gives the lock back, as the end of the process does, however it ends.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], echo: Callable[[str], Any]) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._echo = echo
+        self._purpose: str | None = None
+        self._lock: BinaryIO | None = None
+        self._latest_is_good = False
+
+    @classmethod
+    def create(
+        cls,
+        root: str | Path,
+        name: str,
+        settings: Mapping[str, Any],
+        *,
+        exist: str = "rename",
+        echo: Callable[[str], Any] = print,
+    ) -> "Experiment":
+        """Make the folder `root`/`name` with its args.yaml, locked for training; one that exists is never touched.
+
+        exist: where it exists, "rename" takes name-2, name-3, ..., and "error" raises. settings: names -> None, bool,
+        int, float, str or flat lists of those. echo: called with every message that is logged. Raises ExperimentError.
+        """
+        if exist not in ("rename", "error"):
+            raise ExperimentError(f"exist={exist!r}: accepted are 'rename' and 'error'")
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ExperimentError(f"{name!r} cannot be the name of an experiment folder")
+        root = Path(root)
+        settings = _plain_settings(settings, root / name / "args.yaml")
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        with _naming("create", root / name):
+            root.mkdir(parents=True, exist_ok=True)
+            for number in itertools.count(1):
+                folder = root / (name if number == 1 else f"{name}-{number}")
+                try:
+                    folder.mkdir()
+                    break
+                except FileExistsError:
+                    if exist == "error":
+                        raise ExperimentError(f"{folder} exists and is not overwritten; choose another name") from None
+            _sync_folder(root)
+        experiment = cls(folder, settings, echo)
+        experiment._take_lock("train")
+        _write_file(folder / "args.yaml", lambda file: file.write(text.encode()))
+        return experiment
+
+    @classmethod
+    def open(cls, folder: str | Path, *, lock: str | None = None, echo: Callable[[str], Any] = print) -> "Experiment":
+        """Open an existing folder to read, or with lock="train" or "eval" to go on writing what that kind of run writes.
+
+        Raises ExperimentError where it is no experiment folder, its args.yaml does not hold plain settings, or another
+        process holds the lock.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ExperimentError(f"{folder}: no such experiment folder")
+        if not (folder / "args.yaml").exists():
+            raise ExperimentError(f"{folder}: not an experiment folder (no args.yaml in it)")
+        experiment = cls(folder, _read_settings(folder / "args.yaml"), echo)
+        if lock is not None:
+            experiment._take_lock(lock)
+        return experiment
+
+    def _take_lock(self, purpose: str) -> None:
+        name, patterns = _LOCKS[purpose]
+        path = self.folder / name
+        with _naming("lock", path):
+            file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b", buffering=0)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            except BlockingIOError:
+                holder = " ".join(file.read(200).decode(errors="replace").split()) or "another process"
+                file.close()
+                raise ExperimentError(f"{self.folder} is in use: {holder} has it for {purpose}") from None
+            except OSError:
+                file.close()
+                raise
+        _held_locks.add(file)
+        self._purpose, self._lock = purpose, file
+        for pattern in patterns:
+            for abandoned in self.folder.glob(f".{pattern}.*.tmp"):
+                with contextlib.suppress(OSError):
+                    abandoned.unlink()
+
+    def _require(self, *purposes: str) -> None:
+        if self._purpose not in purposes:
+            raise RuntimeError(f"{self.folder} is not open with the lock that this needs ({' or '.join(purposes)})")
+
+    def close(self) -> None:
+        """Give the lock back; what was written stays."""
+        if self._lock is not None:
+            self._lock.close()
+        self._purpose, self._lock = None, None
+
+    def __enter__(self) -> "Experiment":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, message: str) -> None:
+        """Echo `message`, and append it with the time to the log; it is on the disk when this returns."""
+        self._require("train", "eval")
+        self._echo(message)
+        path = self.folder / f"{self._purpose}.log"
+        with _naming("write", path), open(path, "ab", buffering=0) as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="backslashreplace"))
+            os.fsync(file.fileno())
+
+    # metrics.csv has a row an epoch, so it can be replaced as a whole for each: it never has a torn row to begin with.
+
+    def append_metrics(self, row: Mapping[str, bool | int | float | str | None]) -> None:
+        """Add a row, on the disk when this returns. Columns keep their order, new ones come last, None leaves a blank.
+
+        Raises TypeError for other values (a tensor, a numpy number), ExperimentError where the file is not readable.
+        """
+        self._require("train")
+        for name, value in row.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise TypeError(f"metric {name!r} is a {type(value).__name__}, not a plain value")
+        columns, rows = self._read_rows()
+        columns += [name for name in row if name not in columns]
+        self._write_rows(columns, [*rows, row])
+
+    def truncate_metrics(self, keep: int | Callable[[dict[str, Any]], bool]) -> int:
+        """Keep the first `keep` rows, or the rows for which `keep(row)` is true, and no torn one; how many went."""
+        self._require("train")
+        columns, rows = self._read_rows()
+        kept = rows[:keep] if isinstance(keep, int) else [row for row in rows if keep(_numbers(row))]
+        if (self.folder / "metrics.csv").exists():
+            self._write_rows(columns, kept)
+        return len(rows) - len(kept)
+
+    def read_metrics(self) -> list[dict[str, int | float | str | None]]:
+        """The complete rows of metrics.csv, numbers as numbers and blanks as None; none where there is no file yet."""
+        return [_numbers(row) for row in self._read_rows()[1]]
+
+    def _read_rows(self) -> tuple[list[str], list[dict[str, str]]]:
+        path = self.folder / "metrics.csv"
+        text = _read_text(path) if path.exists() else ""
+        try:
+            lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True))
+        except csv.Error as error:
+            raise ExperimentError(f"cannot read {path}: {error}") from error
+        columns = lines[0] if lines else []
+        for number, line in enumerate(lines, start=1):
+            if len(line) != len(columns) or len(set(columns)) != len(columns):
+                raise ExperimentError(f"{path}: row {number} does not fit the {len(columns)} columns of the first")
+        return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+
+    def _write_rows(self, columns: list[str], rows: list[Mapping[str, Any]]) -> None:
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        _write_file(self.folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+
+    def save_latest(self, state: dict[str, Any]) -> None:
+        """Write latest.pt and keep the one before as previous.pt; one of the two is loadable at every instant."""
+        self._require("train")
+        _save_checkpoint(self.folder / "latest.pt", state, before_replace=self._keep_older)
+        self._latest_is_good = True
+
+    def _keep_older(self) -> None:
+        latest, previous = self.folder / "latest.pt", self.folder / "previous.pt"
+        # A damaged latest.pt must not take the place of a good previous.pt.
+        if not self._latest_is_good or not latest.exists():
+            return
+        link = _temporary(previous)
+        try:
+            os.link(latest, link)
+            os.replace(link, previous)
+        except OSError:
+            os.replace(latest, previous)  # No links on this file system: for an instant there is only previous.pt.
+        finally:
+            link.unlink(missing_ok=True)  # Renaming onto another link to the same file does nothing.
+
+    def load_latest(self) -> Loaded | None:
+        """latest.pt, or previous.pt where that is damaged or missing; None where neither exists (nothing saved yet).
+
+        Raises ExperimentError where what exists is damaged, and NewerFormatError rather than go back a generation.
+        """
+        problems = []
+        paths = [self.folder / "latest.pt", self.folder / "previous.pt"]
+        for path in paths:
+            if not path.exists():
+                problems.append(f"{path} is missing")
+                continue
+            try:
+                state = load_checkpoint(path)
+            except NewerFormatError:
+                raise
+            except ExperimentError as error:
+                problems.append(str(error))
+                continue
+            self._latest_is_good = path.name == "latest.pt"
+            return Loaded(state, path, "; ".join(problems))
+        if not any(path.exists() for path in paths):
+            return None
+        raise ExperimentError("no checkpoint to resume from: " + "; ".join(problems))
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write best.pt, as `save_checkpoint`."""
+        self.save_named("best", state)
+
+    def save_named(self, name: str, state: dict[str, Any]) -> None:
+        """Write `name`.pt (epoch_0010, say), as `save_checkpoint`."""
+        self._require("train")
+        save_checkpoint(self.folder / f"{name}.pt", state)
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, int | float | str | None]:
+    return {name: _number(text) for name, text in row.items()}
+
+
+def _number(text: str) -> int | float | str | None:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text or None
