@@ -1,8 +1,8 @@
 """Pre-activation ResNets (He et al., 2016, arXiv 1603.05027) for small images, in the two forms that the field uses.
 
 `PreActResNet` (ReLU) is that of Rice et al., 2020 (arXiv 2002.11569), with a BatchNorm before the pooling.
-`DMPreActResNet` (Swish) is DeepMind's (Rebuffi et al., 2021, arXiv 2103.01946), which RobustBench carries under the same
-name. They differ in the shortcuts and in the names in the state dict. Both are initialized as PyTorch's layers are.
+`DMPreActResNet` (Swish) is DeepMind's (Rebuffi et al., 2021, arXiv 2103.01946), which RobustBench has under that name.
+They differ in the shortcuts and in the names in the state dict. Both are initialized as PyTorch's layers are.
 """
 
 from collections.abc import Sequence

@@ -16,7 +16,7 @@ PLANES = (64, 128, 256, 512)
 
 
 def make_stages(block: type[nn.Module], depth: int) -> list[nn.Sequential]:
-    """The four stages of `block(in_planes, planes, stride)`; each but the first halves the resolution in its first block."""
+    """Four stages of `block(in_planes, planes, stride)`; the first block of each but the first has stride 2."""
     stages = []
     in_planes = PLANES[0]
     for planes, num_blocks in zip(PLANES, NUM_BLOCKS[depth], strict=True):

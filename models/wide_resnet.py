@@ -1,8 +1,8 @@
 """WideResNet (Zagoruyko & Komodakis, 2016) as written by DeepMind (Gowal et al., 2020, arXiv 2010.03593).
 
-The layers, their names in the state dict and their initialization (PyTorch's own) are those of adversarial_robustness/
-pytorch/model_zoo.py in github.com/google-deepmind/deepmind-research, which RobustBench carries as `DMWideResNet`: either
-loads the other's weights. BatchNorm momentum 0.01 is that of Gowal et al.'s training code.
+The layers, their names in the state dict and their initialization (PyTorch's own) are those of RobustBench's
+`DMWideResNet`, from adversarial_robustness/pytorch/model_zoo.py in github.com/google-deepmind/deepmind-research:
+either loads the other's weights. The BatchNorm momentum is that of Xu et al., 2023.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,105 @@
+"""Loading weights into a model: our own, or those that others saved from inside a wrapper."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from models.normalization import Normalization
+
+# DataParallel's, and those of nn.Sequential(model) and nn.Sequential(normalization, model).
+PREFIXES = ("module.", "0.", "1.")
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Load `state_dict` strictly into a model that `create_model` made, or raise and leave the model as it was.
+
+    Prefixes of wrappers (`module.`, `0.`, `1.`, repeated or not) are taken off, and entries called `mean` and `std`
+    left out, for the model has its own; a warning tells where they differ. The counters `num_batches_tracked`, which
+    have no effect on the output, may be missing. A ReLU and a Swish WideResNet have the same entries: one's weights
+    load into the other unnoticed.
+
+    Args:
+        source: where the weights come from (a file, mostly), for the messages.
+
+    Raises:
+        ValueError: in one line, for what is no state dict, weights of another model or number of classes, weights that
+            expect normalized input where the model does not normalize, and values that are NaN or infinite.
+    """
+    _check_state_dict(state_dict, source)
+    statistics = {name: value for name, value in state_dict.items() if name.rpartition(".")[2] in ("mean", "std")}
+    weights = {name: value for name, value in state_dict.items() if name not in statistics}
+    stripped = ""
+    while prefix := next((p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+        stripped += prefix
+    own = model.state_dict()
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    weights = counters | weights
+
+    _check_entries(model, own, weights, source)
+    _check_normalization(model, statistics, bool(statistics) or "1." in stripped, source)
+    model.load_state_dict(weights, strict=True)
+
+
+def _check_state_dict(state_dict: Mapping[str, Tensor], source: str) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"{source}: expected a state dict (names to tensors), got a {type(state_dict).__name__}")
+    if not state_dict:
+        raise ValueError(f"{source}: the state dict is empty")
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise ValueError(f"{source}: expected a state dict (names to tensors), got a {kind} under {name!r}")
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+            raise ValueError(f"{source}: {name} is not a plain dense tensor")
+
+
+def _check_entries(model: nn.Module, own: dict[str, Tensor], weights: dict[str, Tensor], source: str) -> None:
+    """The entries have the names, shapes and kinds of the model's own, and finite values."""
+    kind = type(model).__name__
+    missing, unexpected = own.keys() - weights.keys(), weights.keys() - own.keys()
+    if missing or unexpected:
+        differences = [
+            f"{what} {_some(map(repr, names))}"
+            for what, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        ]
+        raise ValueError(f"{source}: the weights do not fit this {kind}: {'; '.join(differences)}")
+
+    misshapen = {name for name in own if own[name].shape != weights[name].shape}
+    head = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
+    of_head = weights[f"{head}.weight"].shape, own[f"{head}.weight"].shape
+    if misshapen == {f"{head}.weight", f"{head}.bias"} and of_head[0][1:] == of_head[1][1:]:
+        classes, expected = of_head[0][0], of_head[1][0]
+        raise ValueError(f"{source}: the weights are for {classes} classes, the model has {expected}")
+    if misshapen:
+        shapes = [f"{n!r} of shape {(*weights[n].shape,)} instead of {(*own[n].shape,)}" for n in misshapen]
+        raise ValueError(f"{source}: the weights do not fit this {kind}: {_some(shapes)}")
+
+    for name, value in weights.items():
+        if value.is_floating_point() != own[name].is_floating_point():
+            raise ValueError(f"{source}: {name} is {value.dtype}, expected {own[name].dtype}")
+        if not value.isfinite().all():
+            raise ValueError(f"{source}: {name} has NaN or infinite values")
+
+
+def _check_normalization(model: nn.Module, statistics: dict[str, Tensor], expected: bool, source: str) -> None:
+    """A model that normalizes where the weights expect it (else its outputs would be wrong without a sign of it)."""
+    layer = next((module for module in model.modules() if isinstance(module, Normalization)), None)
+    if expected and layer is None:
+        raise ValueError(f"{source}: the weights expect normalized input, the model does not normalize (--normalize)")
+    for name, value in statistics.items():
+        own = getattr(layer, name.rpartition(".")[2]).flatten()
+        if value.numel() != own.numel() or not torch.allclose(value.flatten().to(own), own, rtol=0, atol=1e-3):
+            warnings.warn(
+                f"{source}: {name} is {value.flatten().tolist()}, the model keeps {own.tolist()}", stacklevel=3
+            )
+
+
+def _some(names: Iterable[str], number: int = 3) -> str:
+    """The first few, in order, and how many more there are."""
+    names = sorted(names)
+    rest = f" and {len(names) - number} more" if len(names) > number else ""
+    return ", ".join(names[:number]) + rest
