@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyart.attacks import kl_divergence, pgd
+from dyart.margin import find_boundary, is_locally_closest, margin_gradient_weights, soft_logit_margin
 
 
 def clean_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -204,6 +205,97 @@ def mart_loss(
         clean_accuracy=_accuracy(logits, y),
         robust_accuracy=_accuracy(logits_adv, y),
     )
+
+
+def dyart_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    lambda_robust: float = 1000.0,
+    alpha: float = 3.0,
+    r0: float = 16 / 255,
+    temperature: float = 5.0,
+    norm: str = "Linf",
+    search: str = "fast",
+    steps: int | None = None,
+    init_radius: float | None = None,
+    high_quality: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """DyART: mean CE(x) + (λ/n) Σ h(R_β(x)) over the correct examples, with h'(R) = −exp(−αR) for R < r0, else 0.
+
+    The gradient is exact; the value of the robust term is that of its surrogate,
+    −(λ/n) Σ exp(−αR_i)·1[R_i < r0] / ‖∇_x Φ_β(x̂_i)‖_q · Φ_β(x̂_i; θ), with x̂_i and the weight held constant: about 0.
+    n is the whole batch. The search for the x̂_i runs in eval mode; the two forward passes run in train mode, the
+    boundary points first, so that the running statistics end on those of the clean batch.
+
+    Parameters
+    ----------
+    model, x, y
+        As in `clean_loss`.
+    lambda_robust : float
+        λ ≥ 0, the weight of the robust term.
+    alpha : float
+        α: the smaller a margin, the larger its weight exp(−αR); R in pixels of [0, 1].
+    r0 : float
+        Margins of r0 and more are left alone.
+    temperature, norm, search, steps, init_radius, generator
+        The boundary search, see `dyart.margin.find_boundary`.
+    high_quality : bool
+        Leave out the boundary points that do not pass `dyart.margin.is_locally_closest`.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+    metrics : dict
+        `loss`, `clean_loss`, `robust_loss` (the surrogate), `clean_accuracy` and, as shares of the batch, `found` and
+        `kept` boundary points; `margins` (n,) in pixels of [0, 1], nan where none was found.
+
+    Raises
+    ------
+    ValueError
+        For an empty batch, and as `find_boundary` does.
+
+    Source: Xu et al., 2023, section 4.
+    """
+    _check(x)
+    boundary = find_boundary(
+        model,
+        x,
+        y,
+        norm=norm,
+        temperature=temperature,
+        search=search,
+        steps=steps,
+        init_radius=init_radius,
+        generator=generator,
+    )
+    kept = is_locally_closest(x, boundary, norm) if high_quality else boundary.found
+    push = torch.exp(-alpha * boundary.margin) * (boundary.margin < r0) * margin_gradient_weights(boundary, norm)
+    rows = kept.nonzero()[:, 0]
+    model.train()
+    robust = x.new_zeros(())
+    if len(rows):
+        value = soft_logit_margin(model(boundary.x[rows]), y[rows], temperature)
+        robust = -lambda_robust / len(x) * (push[rows] * value).sum()
+    logits = model(x)
+    clean = F.cross_entropy(logits, y)
+    loss = clean + robust
+    metrics = _detached(loss=loss, clean_loss=clean, robust_loss=robust, clean_accuracy=_accuracy(logits, y))
+    metrics["found"] = boundary.found.float().mean()
+    metrics["kept"] = kept.float().mean()
+    metrics["margins"] = torch.where(boundary.found, boundary.margin, math.nan)
+    return loss, metrics
+
+
+LOSSES = {
+    "clean": clean_loss,
+    "dyart": dyart_loss,
+    "at": adversarial_loss,
+    "trades": trades_loss,
+    "mart": mart_loss,
+}
 
 
 def _check(x: Tensor, beta: float = 0.0) -> None:

@@ -1,0 +1,337 @@
+"""Logit margins, the closest point of the decision boundary, and the closed-form gradient of the margin.
+
+Notation as in Xu et al., 2023: φ and Φ_β are the logit margin and the soft logit margin, x̂ is the closest boundary
+point of x, and R = ‖x̂ − x‖_p is the margin. β is called `temperature`; β = inf stands for the exact boundary.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dyart.modes import frozen
+from dyart.projection import Norm, lookup_norm
+
+# Examples with a smaller Φ count as misclassified: they have no margin (Xu et al., 2023, released recipe).
+CORRECT_ABOVE = 1e-9
+FAB_MIX = 0.1
+MIX = 0.1
+OVERSHOOT = 1.05
+STEP_BACK = 0.9
+# Bound on 1 / ‖∇_x Φ‖_q. It acts only where the logit margin changes by less than 0.001 over the whole unit box.
+MAX_GRADIENT_WEIGHT = 1e3
+
+
+class Boundary(NamedTuple):
+    """Boundary points of a batch. All n rows are there; rows with `found` False hold the original x and margin 0.
+
+    Attributes
+    ----------
+    x : Tensor (n, ...)
+        The closest point found on the far side of the boundary, Φ < 0, in [0, 1].
+    found : Tensor (n,), bool
+        Whether the example is correctly classified and a boundary point was found.
+    margin : Tensor (n,)
+        ‖x̂ − x‖_p, in units of pixels in [0, 1].
+    value : Tensor (n,)
+        Φ(x̂).
+    grad : Tensor (n, ...)
+        ∇_x Φ(x̂).
+    """
+
+    x: Tensor
+    found: Tensor
+    margin: Tensor
+    value: Tensor
+    grad: Tensor
+
+
+def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """φ = z_y − max_{k≠y} z_k, from logits (n, C) and labels (n,) int64; positive where the prediction is right. (n,)"""
+    true = logits.gather(1, labels[:, None])[:, 0]
+    return true - _without_label(logits, labels).amax(1)
+
+
+def soft_logit_margin(logits: Tensor, labels: Tensor, temperature: float = 5.0) -> Tensor:
+    """Φ_β = z_y − (1/β) log Σ_{k≠y} exp(β z_k) (Xu et al., 2023, section 4).
+
+    φ − log(C−1)/β ≤ Φ_β ≤ φ: the soft boundary lies on the safe side of the exact one.
+
+    Parameters
+    ----------
+    logits : Tensor (n, C), C ≥ 2
+    labels : Tensor (n,), int64
+    temperature : float
+        β > 0; inf gives the logit margin φ itself.
+
+    Returns
+    -------
+    Tensor (n,)
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if math.isinf(temperature):
+        return logit_margin(logits, labels)
+    true = logits.gather(1, labels[:, None])[:, 0]
+    return true - torch.logsumexp(temperature * _without_label(logits, labels), 1) / temperature
+
+
+def _without_label(logits: Tensor, labels: Tensor) -> Tensor:
+    is_label = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
+    return logits.masked_fill(is_label, -math.inf)
+
+
+def find_boundary(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    norm: str = "Linf",
+    temperature: float = 5.0,
+    search: str = "fast",
+    steps: int | None = None,
+    init_radius: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Boundary:
+    """Find the closest point of the decision boundary Φ_β = 0 for every correctly classified example of a batch.
+
+    The model is searched in eval mode and is left as it was: mode, parameters, gradients and running statistics.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps (n, ...) to logits (n, C).
+    x : Tensor (n, ...)
+        Pixels in [0, 1].
+    labels : Tensor (n,), int64
+    norm : str
+        "Linf" or "L2".
+    temperature : float
+        β of the soft logit margin; inf for the exact boundary.
+    search : str
+        "fast" (one pass through the network per step) or "fab" (the released recipe).
+    steps : int, optional
+        Iterations of the search; by default the search's own number, see `SEARCHES`.
+    init_radius : float, optional
+        The search starts at x plus uniform noise scaled to norm init_radius / 2, or at x where it is 0; by default
+        the search's own. Pixels in [0, 1].
+    generator : torch.Generator, optional
+        Source of that noise.
+
+    Returns
+    -------
+    Boundary
+
+    Raises
+    ------
+    ValueError
+        For an unknown norm or search, pixels outside [0, 1], labels that do not fit x, or steps < 1.
+
+    Source: Xu et al., 2023, section 4; Croce & Hein, 2020 (FAB), on the one scalar function Φ_β.
+    """
+    the_norm = lookup_norm(norm)
+    if search not in SEARCHES:
+        raise ValueError(f"unknown search {search!r}: choose from {', '.join(SEARCHES)}")
+    run, default_steps, default_radius = SEARCHES[search]
+    steps = default_steps if steps is None else steps
+    init_radius = default_radius if init_radius is None else init_radius
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("x must lie in [0, 1]")
+    x = x.detach()
+    if x.shape[0] == 0:
+        nothing = x.new_zeros(0)
+        return Boundary(x, nothing.bool(), nothing, nothing, x)
+
+    origin = x.flatten(1)
+
+    def linearize(points: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Φ and ∇_x Φ at `points` (m, d), whose labels are those of `rows`: one pass through the network."""
+        with torch.enable_grad():
+            pixels = points.view(-1, *x.shape[1:]).requires_grad_(True)
+            value = soft_logit_margin(model(pixels), labels[rows], temperature)
+            (grad,) = torch.autograd.grad(value.sum(), pixels)
+        return value.detach(), grad.flatten(1)
+
+    def evaluate(points: Tensor, rows: Tensor | slice) -> Tensor:
+        return soft_logit_margin(model(points.view(-1, *x.shape[1:])), labels[rows], temperature)
+
+    with frozen(model), torch.no_grad():
+        nearest = run(linearize, evaluate, origin, the_norm, steps, init_radius, generator)
+    found = nearest.distance.isfinite()
+    return Boundary(
+        x=torch.where(found[:, None], nearest.point, origin).view(x.shape),
+        found=found,
+        margin=torch.where(found, nearest.distance, 0),
+        value=nearest.value,
+        grad=nearest.grad.view(x.shape),
+    )
+
+
+class _Nearest(NamedTuple):
+    """The closest point with Φ < 0 seen so far, for each of m examples; `distance` is inf where there is none."""
+
+    point: Tensor
+    distance: Tensor
+    value: Tensor
+    grad: Tensor
+
+    def update(self, eligible: Tensor, *candidate: Tensor) -> "_Nearest":
+        """Take the candidate (point, distance, value, grad) where it is eligible and closer."""
+        closer = eligible & (candidate[1] < self.distance)
+        return _Nearest(
+            *(
+                torch.where(closer.view(-1, *[1] * (old.dim() - 1)), new, old)
+                for old, new in zip(self, candidate, strict=True)
+            )
+        )
+
+
+def _start(origin: Tensor, norm: Norm, init_radius: float, generator: torch.Generator | None) -> Tensor:
+    if init_radius == 0:
+        return origin
+    noise = torch.rand(origin.shape, dtype=origin.dtype, device=origin.device, generator=generator) * 2 - 1
+    noise *= init_radius / 2 / norm.length(noise)[:, None]
+    return (origin + noise).clamp_(0, 1)
+
+
+def _approach(
+    x: Tensor, base: Tensor, at: Tensor, value: Tensor, grad: Tensor, norm: Norm, max_mix: float, overshoot: float
+) -> Tensor:
+    """The next iterate: where `base` and x meet the boundary linearized at `at`, mixed in favour of the closer one."""
+    from_base = norm.project(base, grad, -value - (grad * (base - at)).sum(1))
+    from_x = norm.project(x, grad, -value - (grad * (x - at)).sum(1))
+    length, length_x = norm.length(from_base), norm.length(from_x)
+    mix = (length / (length + length_x).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(max_mix)[:, None]
+    return ((1 - mix) * (base + overshoot * from_base) + mix * (x + overshoot * from_x)).clamp_(0, 1)
+
+
+def _search_fab(
+    linearize: Callable,
+    evaluate: Callable,
+    origin: Tensor,
+    norm: Norm,
+    steps: int,
+    init_radius: float,
+    generator: torch.Generator | None,
+) -> _Nearest:
+    """The released recipe (spec of `--search fab`): noise at the start and two passes per step.
+
+    After each step, a forward and backward pass at the next iterate costs as much again as the forward pass that tells
+    on which side the step has ended, and a last pass takes the gradient at the point found.
+    """
+    value = evaluate(origin, slice(None))
+    correct = value > CORRECT_ABOVE
+    distance = torch.full_like(value, math.inf)
+    best = origin
+    at = _start(origin, norm, init_radius, generator)
+    for _ in range(steps):
+        value, grad = linearize(at, slice(None))
+        at = _approach(origin, at, at, value, grad, norm, FAB_MIX, OVERSHOOT)
+        crossed = evaluate(at, slice(None)) < 0
+        reached = norm.length(at - origin)
+        closer = correct & crossed & (reached < distance)
+        distance = torch.where(closer, reached, distance)
+        best = torch.where(closer[:, None], at, best)
+        at = torch.where(crossed[:, None], origin + STEP_BACK * (at - origin), at)
+    return _Nearest(best, distance, *linearize(best, slice(None)))
+
+
+def _search_fast(
+    linearize: Callable,
+    evaluate: Callable,
+    origin: Tensor,
+    norm: Norm,
+    steps: int,
+    init_radius: float,
+    generator: torch.Generator | None,
+) -> _Nearest:
+    """FAB with one pass per step: Φ at the point reached and the gradient that the next step needs come together.
+
+    A point beyond the boundary is recorded before it is stepped back towards x; the step back keeps the linearization
+    of the point itself. On the CPU only the correctly classified rows are searched; on an accelerator all rows are, so
+    that shapes are fixed and nothing waits for the device.
+    """
+    value, grad = linearize(origin, slice(None))
+    correct = value > CORRECT_ABOVE
+    everywhere = _Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
+    rows = correct.nonzero()[:, 0] if origin.device.type == "cpu" else slice(None)
+    x, correct = origin[rows], correct[rows]
+    nearest = _Nearest(*(field[rows] for field in everywhere))
+    base = at = x
+    value, grad = value[rows], grad[rows]
+    for _ in range(steps):
+        at = _approach(x, base, at, value, grad, norm, MIX, OVERSHOOT)
+        value, grad = linearize(at, rows)
+        crossed = value < 0
+        nearest = nearest.update(correct & crossed, at, norm.length(at - x), value, grad)
+        base = torch.where(crossed[:, None], x + STEP_BACK * (at - x), at)
+    for field, part in zip(everywhere, nearest, strict=True):
+        field[rows] = part
+    return everywhere
+
+
+def is_locally_closest(x: Tensor, boundary: Boundary, norm: str = "Linf") -> Tensor:
+    """Quality filter: which boundary points nearly satisfy the optimality conditions of the closest point. (n,) bool
+
+    With δ = x̂ − x, a point of the closest boundary is just beyond it, −0.3 < Φ(x̂) < 0, and for
+
+    - "Linf": the gradient points against δ, δ_i ∂_iΦ < −1e-7, on more than 0.9 of the coordinates that moved by more
+      than 0.8 ‖δ‖_∞, and not all of the others (if any) have |∂_iΦ| > 0.1;
+    - "L2": over the coordinates that the box leaves free, the cosine between δ and −∇Φ is more than 0.8.
+
+    Parameters
+    ----------
+    x : Tensor (n, ...)
+        The examples whose boundary points these are.
+    boundary : Boundary
+    norm : str
+
+    Source: Xu et al., 2023 (the released recipe's `use_high_quality`) for "Linf"; the "L2" rule is this project's.
+    """
+    lookup_norm(norm)
+    move = (boundary.x - x).flatten(1)
+    grad = boundary.grad.flatten(1)
+    plausible = boundary.found & (boundary.value < 0) & (boundary.value > -0.3)
+    return plausible & _IS_LOCALLY_CLOSEST[norm](x.flatten(1), move, grad)
+
+
+def _is_locally_closest_linf(x: Tensor, move: Tensor, grad: Tensor) -> Tensor:
+    far = move.abs() > 0.8 * move.abs().amax(1, keepdim=True)
+    opposed = (far & (move * grad < -1e-7)).sum(1) > 0.9 * far.sum(1)
+    steep = (~far & (grad.abs() > 0.1)).sum(1)
+    others = (~far).sum(1)
+    return opposed & ((steep < others) | (others == 0))
+
+
+def _is_locally_closest_l2(x: Tensor, move: Tensor, grad: Tensor) -> Tensor:
+    reached = x + move
+    free = ((reached > 0) | (grad < 0)) & ((reached < 1) | (grad > 0))
+    return nn.functional.cosine_similarity(move * free, -grad * free, dim=1) > 0.8
+
+
+_IS_LOCALLY_CLOSEST = {"Linf": _is_locally_closest_linf, "L2": _is_locally_closest_l2}
+
+
+def margin_gradient_weights(boundary: Boundary, norm: str = "Linf") -> Tensor:
+    """1 / ‖∇_x Φ(x̂)‖_q, so that the gradient of (weight · Φ(x̂; θ)) in θ is the margin gradient ∇_θ R. (n,)
+
+    The weight is 0 where no boundary point was found, and at most `MAX_GRADIENT_WEIGHT`, so that a vanishing gradient
+    cannot blow a training step up.
+
+    Source: Xu et al., 2023, proposition on the closed form of the margin gradient.
+    """
+    weights = lookup_norm(norm).dual(boundary.grad.flatten(1)).reciprocal().clamp_max(MAX_GRADIENT_WEIGHT)
+    return torch.where(boundary.found, weights, 0)
+
+
+SEARCHES = {
+    # search: (function, default steps, default init_radius)
+    "fast": (_search_fast, 5, 0.0),
+    "fab": (_search_fab, 20, 8 / 255),
+}

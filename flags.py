@@ -1,0 +1,80 @@
+"""What the command lines of the scripts share: types of flags, one-line errors, exit statuses."""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, on standard error, with exit status 2."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+
+    def add_flag(self, *names: str, **kwargs: Any) -> argparse.Action:
+        """A flag that is on by itself (`--flag`), and takes true or false (`--flag false`)."""
+        return self.add_argument(*names, nargs="?", const=True, type=boolean, metavar="true|false", **kwargs)
+
+
+def boolean(text: str) -> bool:
+    """true or false, in the usual spellings."""
+    known = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no": False, "0": False, "off": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return known[text.lower()]
+
+
+def number(*, above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
+    """The type of a flag that takes a number, or a fraction like 8/255, within bounds."""
+    return _within(lambda text: float(Fraction(text)) if "/" in text else float(text), "a number", above, least, most)
+
+
+def whole(*, least: int = 0, most: float = math.inf) -> Callable[[str], int]:
+    """The type of a flag that takes a whole number within bounds."""
+    return _within(int, "a whole number", -math.inf, least, most)
+
+
+def optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The type of a flag that also takes `none`."""
+
+    def convert(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    return convert
+
+
+def _within(kind: Callable[[str], Any], noun: str, above: float, least: float, most: float) -> Callable[[str], Any]:
+    bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
+    bounds += [f"at most {most:g}"] * (most < math.inf)
+    accepted = " ".join([noun, " and ".join(bounds)]).strip()
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (ValueError, ZeroDivisionError):
+            value = math.nan
+        if not (math.isfinite(value) and value > above and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {accepted}")
+        return value
+
+    return convert
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Run a script's main; what is wrong with its input (ValueError, OSError) ends in one line and exit status 2."""
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        sys.exit(_complain(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {line}"))
+
+
+def _complain(line: str) -> int:
+    print(line, file=sys.stderr)
+    return 2
