@@ -35,9 +35,9 @@ import torch
 import yaml
 
 CHECKPOINT_FORMAT = 1
-# What each kind of run holds: its lock and the files that only it writes, whose abandoned halves it may clear away.
+# What each kind of run holds: its lock, and the files that only it writes, whose abandoned halves it may clear away.
 _LOCKS = {"train": (".lock", ("*.pt", "args.yaml", "metrics.csv")), "eval": (".lock-eval", ("*.json",))}
-_MAX_SETTINGS_BYTES = 1_000_000
+_MAX_SETTINGS_BYTES = 100_000
 
 
 class ExperimentError(ValueError):
@@ -46,14 +46,6 @@ class ExperimentError(ValueError):
 
 class NewerFormatError(ExperimentError):
     """A checkpoint was written by a later version of this program: intact, but not ours to read or to replace."""
-
-
-class Loaded(NamedTuple):
-    """What `Experiment.load_latest` found: the state, the file it came from, and why not latest.pt ("" if it was)."""
-
-    state: dict[str, Any]
-    path: Path
-    note: str
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -68,16 +60,22 @@ def _naming(action: str, path: Path) -> Iterator[None]:
         raise ExperimentError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())[:200]
+
+
 def _open(path: Path) -> BinaryIO:
     # Opening a pipe would wait for ever, and a device may have no end.
-    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise ExperimentError(f"cannot read {path}: not a regular file")
     return open(path, "rb")
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, max_bytes: int = -1) -> str:
     with _naming("read", path), _open(path) as file:
-        data = file.read()
+        data = file.read(max_bytes)
+        if file.read(1):
+            raise ExperimentError(f"cannot read {path}: longer than {max_bytes} bytes")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -85,10 +83,10 @@ def _read_text(path: Path) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-def _write_file(path: Path, write: Callable[[BinaryIO], Any], before_replace: Callable[[], None] | None = None) -> None:
+def _write_file(path: Path, write: Callable[[BinaryIO], Any], before_rename: Callable[[], None] | None = None) -> None:
     """Write beside `path`, sync, and rename over it: afterwards it is all new, or on any failure all old."""
     temporary = _temporary(path)
     try:
@@ -97,8 +95,8 @@ def _write_file(path: Path, write: Callable[[BinaryIO], Any], before_replace: Ca
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if before_replace is not None:
-                before_replace()
+            if before_rename is not None:
+                before_rename()
             os.replace(temporary, path)
             _sync_folder(path.parent)
     finally:
@@ -108,12 +106,10 @@ def _write_file(path: Path, write: Callable[[BinaryIO], Any], before_replace: Ca
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Some network file systems cannot sync a folder; there the rename is as durable as they make it.
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # Some network file systems cannot sync a folder; there the rename is as durable as they make it.
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -131,7 +127,7 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ExperimentError(f"cannot read {path}: not JSON ({error})") from error
+        raise ExperimentError(f"cannot read {path}: not JSON ({_one_line(error)})") from error
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -148,15 +144,19 @@ def _digest(value: Any) -> str:
 
     def walk(value: Any, where: str) -> bytes:
         if type(value) in _SCALARS:
-            return hashlib.sha256(f"{type(value).__name__} {value!r}".encode()).digest()
+            return hashlib.sha256(f"{type(value).__name__} {value!a}".encode()).digest()
         if id(value) in seen:
             if not seen[id(value)]:
                 raise TypeError(f"{where} contains itself")
             return seen[id(value)]
         seen[id(value)] = b""
         if type(value) in (torch.Tensor, torch.nn.Parameter):
+            if value.layout != torch.strided or value.is_quantized or value.is_meta:
+                raise TypeError(f"{where} is not a dense tensor")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise TypeError(f"{where} {tuple(value.shape)} is larger than its storage (an expanded tensor)")
             content = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
-            content.update(_tensor_bytes(value, where))
+            content.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif type(value) in (dict, OrderedDict, Counter):
             content = hashlib.sha256(b"dict")
             for key, item in value.items():
@@ -166,45 +166,33 @@ def _digest(value: Any) -> str:
             for index, item in enumerate(value):
                 content.update(walk(item, f"{where}[{index}]"))
         else:
-            raise TypeError(
-                f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which is not plain data"
-            )
+            raise TypeError(f"{where} is a {type(value).__qualname__}, neither a tensor nor a plain value")
         seen[id(value)] = content.digest()
         return seen[id(value)]
 
-    return walk(value, "the checkpoint").hex()
+    return walk(value, "state").hex()
 
 
-def _tensor_bytes(tensor: torch.Tensor, where: str) -> Any:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise TypeError(f"{where} is not a dense tensor")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise TypeError(f"{where} of shape {tuple(tensor.shape)} is larger than its storage (an expanded tensor)")
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: str | Path, state: dict[str, Any], *, before_rename: Callable[[], None] | None = None
+) -> None:
     """Write `state` with the format's version and a checksum; on failure the file that was there stays as it is.
 
-    `state` holds tensors (any device), None, bool, int, float, str, bytes, and dicts, lists and tuples of those; it need
-    not name the format. Raises TypeError for other content, ExperimentError where the file cannot be written.
+    `state` holds tensors (on any device), None, bool, int, float, str, bytes, and dicts, lists and tuples of those.
+    `before_rename` is called when the new file is complete and not yet in place. Raises TypeError for other content,
+    ExperimentError where the file cannot be written.
     """
-    _save_checkpoint(Path(path), state)
-
-
-def _save_checkpoint(path: Path, state: dict[str, Any], before_replace: Callable[[], None] | None = None) -> None:
     content = {**state, "format": CHECKPOINT_FORMAT}
+    content["sha256"] = _digest({key: value for key, value in content.items() if key != "sha256"})
 
     def write(file: BinaryIO) -> None:
         try:
-            torch.save({**content, "sha256": digest}, file)
+            torch.save(content, file)
         except RuntimeError as error:  # torch hides the system's error behind its own.
             hidden = error.__context__
             raise hidden if isinstance(hidden, OSError) else OSError(_one_line(error)) from None
 
-    content.pop("sha256", None)
-    digest = _digest(content)
-    _write_file(path, write, before_replace)
+    _write_file(Path(path), write, before_rename)
 
 
 def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any]:
@@ -218,17 +206,7 @@ def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any
     with _naming("read", path), _open(path) as file:
         try:
             state = _read_torch(file, foreign)
-            digest = state.pop("sha256", None) if isinstance(state, dict) else None
-            version = state.get("format") if isinstance(state, dict) else None
-            ours = isinstance(digest, str) and type(version) is int
-            if ours and version > CHECKPOINT_FORMAT:
-                raise NewerFormatError(
-                    f"format {version}, of a later version; this one reads up to {CHECKPOINT_FORMAT}"
-                )
-            if not ours and not (foreign and isinstance(state, dict)):
-                raise ExperimentError("not a checkpoint of this program (no format and checksum in it)")
-            if _digest(state) != digest and ours:
-                raise ExperimentError("damaged (its checksum does not match its content)")
+            _verify(state, foreign)
         except OSError:
             raise
         except ExperimentError as error:
@@ -247,45 +225,54 @@ def _read_torch(file: BinaryIO, foreign: bool) -> Any:
             members = archive.infolist()
             if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
                 raise ExperimentError("not written by torch.save (its records are compressed or overlap)")
-            # torch does not look at the records' CRCs, and a wrong size in its pickle is better not believed.
+            # torch does not look at the CRCs, and a wrong size in its pickle is better not believed.
             damaged = archive.testzip()
             if damaged is not None:
                 raise ExperimentError(f"damaged (record {damaged!r})")
     elif not foreign:
-        raise ExperimentError("empty" if not file.read(1) else "not a checkpoint, or a truncated one")
+        raise ExperimentError("not a checkpoint, or a truncated one")
     file.seek(0)
     with torch.serialization.safe_globals(_NUMPY_STAND_INS if foreign else []):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _verify(state: Any, foreign: bool) -> None:
+    if not isinstance(state, dict):
+        raise ExperimentError(f"not a checkpoint (it holds a {type(state).__name__})")
+    version = state.get("format")
+    ours = type(version) is int and "sha256" in state
+    if not ours and not foreign:
+        raise ExperimentError("not a checkpoint of this program (no format and checksum in it)")
+    if ours and version > CHECKPOINT_FORMAT:
+        raise NewerFormatError(f"format {version}, of a later version; this one reads up to {CHECKPOINT_FORMAT}")
+    checksum = state.pop("sha256") if ours else None
+    if _digest(state) != checksum and ours:  # Of foreign files, the digest only checks what they hold.
+        raise ExperimentError("damaged (its checksum does not match its content)")
 
 
 def _reason(error: Exception) -> str:
-    """torch's pages of advice, some of it dangerous, as half a line."""
+    """torch's page of advice, some of it dangerous, as half a line."""
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found is not None:
         return f"refused: it names {found[1]}, and only tensors and plain values are loaded"
-    return f"not a checkpoint, or a damaged one ({_one_line(error).rpartition('WeightsUnpickler error: ')[2]})"
+    reason = _one_line(str(error).rpartition("WeightsUnpickler error: ")[2]) or type(error).__name__
+    return f"not a checkpoint, or a damaged one ({reason})"
 
 
 class _NumpyDtype:
-    """Stands for numpy.dtype while a foreign checkpoint is read, of which it takes code and byte order only."""
+    """Stands for numpy.dtype while a foreign checkpoint is read: numpy's own trusts what a pickle tells it."""
 
     def __init__(self, code: str, *_: Any) -> None:
-        self.code, self.order = code, "="
+        formats = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
+        self.format = (formats | {"f2": "e", "f4": "f", "f8": "d"})[code]
+        self.order = "="
 
     def __setstate__(self, state: tuple) -> None:
-        self.order = "<" if state[1] == "|" else state[1]
-
-
-_STRUCT_CODES = {"b1": "?", "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q"}
-_STRUCT_CODES |= {"f2": "e", "f4": "f", "f8": "d"}
+        self.order = state[1].replace("|", "=")
 
 
 def _numpy_scalar(dtype: _NumpyDtype, data: bytes) -> bool | int | float:
-    return struct.unpack(dtype.order + _STRUCT_CODES[dtype.code], data)[0]
+    return struct.unpack(dtype.order + dtype.format, data)[0]
 
 
 _NUMPY_STAND_INS = [
@@ -294,39 +281,42 @@ _NUMPY_STAND_INS = [
     (_numpy_scalar, "numpy._core.multiarray.scalar"),
 ]
 
+
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
 
-def _plain_settings(settings: Any, source: Path) -> dict[str, Any]:
-    """`settings` with tuples as lists, checked to be a mapping of names to plain values or flat lists of those."""
-    if not isinstance(settings, Mapping):
-        raise ExperimentError(f"{source}: must be a mapping of settings, is {type(settings).__name__}")
-    plain = (type(None), bool, int, float, str)
-    result = {}
-    for key, value in settings.items():
-        if type(key) is not str:
-            raise ExperimentError(f"{source}: the name of a setting must be text, not {str(key)[:50]!r}")
-        items = value if isinstance(value, list | tuple) else [value]
-        for item in items:
-            if type(item) not in plain:
-                raise ExperimentError(
-                    f"{source}: {key!r} holds a {type(item).__name__}; accepted are null, true, false, "
-                    "numbers, text and lists of those"
-                )
-        result[key] = list(items) if isinstance(value, list | tuple) else value
-    return result
+class _SettingsLoader(yaml.SafeLoader):
+    """yaml.safe_load without aliases, a few lines of which can stand for more than the memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not accepted")
+        return super().compose_node(parent, index)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    if path.is_file() and path.stat().st_size > _MAX_SETTINGS_BYTES:
-        raise ExperimentError(f"{path}: {path.stat().st_size} bytes cannot be settings")
-    text = _read_text(path)
+    text = _read_text(path, _MAX_SETTINGS_BYTES)
     try:
-        settings = yaml.safe_load(text)
+        settings = yaml.load(text, _SettingsLoader)
     # Beside YAMLError, its constructors let through ValueError, AttributeError, RecursionError and more.
     except Exception as error:
         raise ExperimentError(f"{path}: not plain YAML ({_one_line(error)})") from error
     return _plain_settings(settings, path)
+
+
+def _plain_settings(settings: Any, path: Path) -> dict[str, Any]:
+    """`settings` with tuples as lists, checked to be a mapping of names to plain values or flat lists of those."""
+    if not isinstance(settings, Mapping):
+        raise ExperimentError(f"{path}: must be a mapping of settings, is {type(settings).__name__}")
+    result = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    for key, value in result.items():
+        if type(key) is not str:
+            raise ExperimentError(f"{path}: the name of a setting must be text, not {str(key)[:50]!r}")
+        for item in value if isinstance(value, list) else [value]:
+            if type(item) not in (type(None), bool, int, float, str):
+                accepted = "null, true, false, numbers, text and lists of those"
+                raise ExperimentError(f"{path}: {key!r} holds a {type(item).__name__}; accepted are {accepted}")
+    return result
 
 
 def check_settings(
@@ -337,7 +327,7 @@ def check_settings(
     An int passes for a float; a bool passes for neither. Raises ExperimentError, one line with everything that is
     unknown (and the nearest known name), missing or ill-typed; `source` is the file it names.
     """
-    problems = []
+    problems = [f"setting {key!r} is missing" for key in spec if key not in settings]
     for key, value in settings.items():
         if key not in spec:
             near = difflib.get_close_matches(key, spec, n=1)
@@ -347,43 +337,46 @@ def check_settings(
         if type(value) not in types and not (type(value) is int and float in types):
             names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
             problems.append(f"{key!r} must be {names}, is {str(value)[:50]!r} ({type(value).__name__})")
-    problems += [f"setting {key!r} is missing" for key in spec if key not in settings]
     if problems:
         raise ExperimentError(f"{source}: " + "; ".join(problems))
 
 
 # --- The folder -------------------------------------------------------------------------------------------------------
 
-# A forked child shares its parent's locks and could hold them beyond the parent's death.
+# A forked child shares its parent's locks and would hold them beyond the parent's death.
 _held_locks: "weakref.WeakSet[BinaryIO]" = weakref.WeakSet()
 os.register_at_fork(after_in_child=lambda: [lock.close() for lock in list(_held_locks)])
+
+Echo = Callable[[str], Any]
+
+
+class Loaded(NamedTuple):
+    """What `Experiment.load_latest` found: the state, the file it came from, and why not latest.pt ("" if it was)."""
+
+    state: dict[str, Any]
+    path: Path
+    note: str
 
 
 class Experiment:
     """An experiment folder: `folder`, its `settings`, and for the one process that holds its lock, what it writes.
 
-    From `create`, or from `open` with lock="train" (log goes to train.log) or "eval" (to eval.log): the two do not
+    From `create`, or from `open` with lock="train" (`log` writes train.log) or "eval" (eval.log): the two do not
     exclude each other, but each excludes its like, in any process. Without a lock it is for reading. A context manager:
     leaving it gives the lock back, as the end of the process does, however it ends.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], echo: Callable[[str], Any]) -> None:
+    def __init__(self, folder: Path, settings: dict[str, Any], echo: Echo, lock: str | None) -> None:
         self.folder = folder
         self.settings = settings
         self._echo = echo
-        self._purpose: str | None = None
-        self._lock: BinaryIO | None = None
+        self._purpose = lock
+        self._lock = None if lock is None else self._take_lock(lock)
         self._latest_is_good = False
 
     @classmethod
     def create(
-        cls,
-        root: str | Path,
-        name: str,
-        settings: Mapping[str, Any],
-        *,
-        exist: str = "rename",
-        echo: Callable[[str], Any] = print,
+        cls, root: str | Path, name: str, settings: Mapping[str, Any], *, exist: str = "rename", echo: Echo = print
     ) -> "Experiment":
         """Make the folder `root`/`name` with its args.yaml, locked for training; one that exists is never touched.
 
@@ -408,50 +401,43 @@ class Experiment:
                     if exist == "error":
                         raise ExperimentError(f"{folder} exists and is not overwritten; choose another name") from None
             _sync_folder(root)
-        experiment = cls(folder, settings, echo)
-        experiment._take_lock("train")
+        experiment = cls(folder, settings, echo, "train")
         _write_file(folder / "args.yaml", lambda file: file.write(text.encode()))
         return experiment
 
     @classmethod
-    def open(cls, folder: str | Path, *, lock: str | None = None, echo: Callable[[str], Any] = print) -> "Experiment":
-        """Open an existing folder to read, or with lock="train" or "eval" to go on writing what that kind of run writes.
+    def open(cls, folder: str | Path, *, lock: str | None = None, echo: Echo = print) -> "Experiment":
+        """Open an existing folder to read, or with lock="train" or "eval" to write what that kind of run writes.
 
         Raises ExperimentError where it is no experiment folder, its args.yaml does not hold plain settings, or another
         process holds the lock.
         """
         folder = Path(folder)
-        if not folder.is_dir():
-            raise ExperimentError(f"{folder}: no such experiment folder")
-        if not (folder / "args.yaml").exists():
-            raise ExperimentError(f"{folder}: not an experiment folder (no args.yaml in it)")
-        experiment = cls(folder, _read_settings(folder / "args.yaml"), echo)
-        if lock is not None:
-            experiment._take_lock(lock)
-        return experiment
+        with _naming("open", folder):
+            if not folder.is_dir():
+                raise ExperimentError(f"{folder}: no such experiment folder")
+            if not (folder / "args.yaml").exists():
+                raise ExperimentError(f"{folder}: not an experiment folder (no args.yaml in it)")
+        return cls(folder, _read_settings(folder / "args.yaml"), echo, lock)
 
-    def _take_lock(self, purpose: str) -> None:
+    def _take_lock(self, purpose: str) -> BinaryIO:
         name, patterns = _LOCKS[purpose]
-        path = self.folder / name
-        with _naming("lock", path):
-            file = open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+b", buffering=0)
+        with _naming("lock", self.folder / name), contextlib.ExitStack() as on_error:
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            lock = on_error.enter_context(open(os.open(self.folder / name, flags, 0o644), "r+b", buffering=0))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                holder = " ".join(file.read(200).decode(errors="replace").split()) or "another process"
-                file.close()
+                holder = _one_line(lock.read(200).decode(errors="replace")) or "another process"
                 raise ExperimentError(f"{self.folder} is in use: {holder} has it for {purpose}") from None
-            except OSError:
-                file.close()
-                raise
-        _held_locks.add(file)
-        self._purpose, self._lock = purpose, file
-        for pattern in patterns:
-            for abandoned in self.folder.glob(f".{pattern}.*.tmp"):
-                with contextlib.suppress(OSError):
-                    abandoned.unlink()
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+            on_error.pop_all()
+        _held_locks.add(lock)
+        for abandoned in itertools.chain(*(self.folder.glob(f".{pattern}.*.tmp") for pattern in patterns)):
+            with contextlib.suppress(OSError):
+                abandoned.unlink()
+        return lock
 
     def _require(self, *purposes: str) -> None:
         if self._purpose not in purposes:
@@ -478,23 +464,22 @@ class Experiment:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="backslashreplace"))
             os.fsync(file.fileno())
 
-    # metrics.csv has a row an epoch, so it can be replaced as a whole for each: it never has a torn row to begin with.
+    # metrics.csv has a row an epoch, so it can be replaced as a whole for each: no crash leaves a torn row.
 
     def append_metrics(self, row: Mapping[str, bool | int | float | str | None]) -> None:
         """Add a row, on the disk when this returns. Columns keep their order, new ones come last, None leaves a blank.
 
-        Raises TypeError for other values (a tensor, a numpy number), ExperimentError where the file is not readable.
+        Raises TypeError for other values (a tensor, say), ExperimentError where the file cannot be read or written.
         """
         self._require("train")
         for name, value in row.items():
             if not isinstance(value, bool | int | float | str | None):
                 raise TypeError(f"metric {name!r} is a {type(value).__name__}, not a plain value")
         columns, rows = self._read_rows()
-        columns += [name for name in row if name not in columns]
-        self._write_rows(columns, [*rows, row])
+        self._write_rows([*columns, *(name for name in row if name not in columns)], [*rows, row])
 
     def truncate_metrics(self, keep: int | Callable[[dict[str, Any]], bool]) -> int:
-        """Keep the first `keep` rows, or the rows for which `keep(row)` is true, and no torn one; how many went."""
+        """Keep the first `keep` rows, or those for which `keep(row)` is true, no torn one; returns how many went."""
         self._require("train")
         columns, rows = self._read_rows()
         kept = rows[:keep] if isinstance(keep, int) else [row for row in rows if keep(_numbers(row))]
@@ -529,7 +514,7 @@ class Experiment:
     def save_latest(self, state: dict[str, Any]) -> None:
         """Write latest.pt and keep the one before as previous.pt; one of the two is loadable at every instant."""
         self._require("train")
-        _save_checkpoint(self.folder / "latest.pt", state, before_replace=self._keep_older)
+        save_checkpoint(self.folder / "latest.pt", state, before_rename=self._keep_older)
         self._latest_is_good = True
 
     def _keep_older(self) -> None:
@@ -551,23 +536,20 @@ class Experiment:
 
         Raises ExperimentError where what exists is damaged, and NewerFormatError rather than go back a generation.
         """
-        problems = []
         paths = [self.folder / "latest.pt", self.folder / "previous.pt"]
+        if not any(path.exists() for path in paths):
+            return None
+        problems = []
         for path in paths:
-            if not path.exists():
-                problems.append(f"{path} is missing")
-                continue
             try:
                 state = load_checkpoint(path)
             except NewerFormatError:
                 raise
             except ExperimentError as error:
                 problems.append(str(error))
-                continue
-            self._latest_is_good = path.name == "latest.pt"
-            return Loaded(state, path, "; ".join(problems))
-        if not any(path.exists() for path in paths):
-            return None
+            else:
+                self._latest_is_good = not problems
+                return Loaded(state, path, "; ".join(problems))
         raise ExperimentError("no checkpoint to resume from: " + "; ".join(problems))
 
     def save_best(self, state: dict[str, Any]) -> None:
@@ -575,17 +557,16 @@ class Experiment:
         self.save_named("best", state)
 
     def save_named(self, name: str, state: dict[str, Any]) -> None:
-        """Write `name`.pt (epoch_0010, say), as `save_checkpoint`."""
+        """Write `name`.pt ("epoch_0010", say), as `save_checkpoint`."""
         self._require("train")
         save_checkpoint(self.folder / f"{name}.pt", state)
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, int | float | str | None]:
-    return {name: _number(text) for name, text in row.items()}
+    def value(text: str) -> int | float | str | None:
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text or None
 
-
-def _number(text: str) -> int | float | str | None:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text or None
+    return {name: value(text) for name, text in row.items()}
