@@ -5,15 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from data.cifar import load_cifar10
+from data.cifar import load_cifar10, load_cifar100
 from data.digits import load_digits
 from data.files import Split
-from data.loader import Loader, balanced_subset, to_input
+from data.generated import Auxiliary, load_auxiliary
+from data.loader import Loader, balanced_subset, random_generator, to_input
+from data.tiny_imagenet import load_tiny_imagenet
 
-__all__ = ["DATASETS", "DatasetInfo", "Loader", "Split", "balanced_subset", "hold_out", "load_data", "to_input"]
+__all__ = [
+    "DATASETS",
+    "DEFAULT_DATA_DIR",
+    "Auxiliary",
+    "DatasetInfo",
+    "Loader",
+    "Split",
+    "balanced_subset",
+    "hold_out",
+    "load_auxiliary",
+    "load_data",
+    "to_input",
+]
 
 DEFAULT_DATA_DIR = Path(__file__).parent
 
@@ -35,6 +48,8 @@ class DatasetInfo(NamedTuple):
 
 DATASETS = {
     "cifar10": DatasetInfo(10, 32, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 1024, load_cifar10),
+    "cifar100": DatasetInfo(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 1024, load_cifar100),
+    "tiny-imagenet": DatasetInfo(200, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), 0.1, load_tiny_imagenet),
     "digits": DatasetInfo(10, 32, (0.3053, 0.3053, 0.3053), (0.3238, 0.3238, 0.3238), 200, load_digits),
 }
 
@@ -64,7 +79,7 @@ def hold_out(split: Split, name: str, seed: int) -> tuple[Split, Split]:
     held_out, total = _info(name).held_out, len(split.labels)
     order = torch.arange(total)
     if isinstance(held_out, float):
-        order = torch.from_numpy(np.random.default_rng([seed, 0, 0, 3]).permutation(total))
+        order = torch.from_numpy(random_generator(seed, "hold out").permutation(total))
         held_out = round(held_out * total)
     if not 0 < held_out < total:
         raise ValueError(f"{name}: cannot hold out {held_out} of {total} training images for validation")

@@ -1,5 +1,7 @@
 """scikit-learn's 8x8 handwritten digits at 32x32x3: a real dataset that needs no network."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from data.files import Split
 TEST_PER_CLASS = 40
 
 
-def load_digits(data_dir: object = None, *, download: bool = True) -> tuple[Split, Split]:
+def load_digits(data_dir: str | Path = "", *, download: bool = True) -> tuple[Split, Split]:
     """Return (train, test): 1397 and 400 images (N,32,32,3) uint8; the test split has 40 images of each class.
 
     The images are scikit-learn's `load_digits`, scaled bilinearly. The arguments are those of every dataset; nothing

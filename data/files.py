@@ -1,11 +1,12 @@
 """Prepared dataset files: uncompressed .npz with `image` (N,H,W,3) uint8 and `label` (N,) int64.
 
-Written atomically, by one process at a time; read without trusting anything that the file says about itself.
+Written atomically, by one process at a time; read without trusting anything that a file says about itself.
 """
 
 import fcntl
 import io
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -13,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 CHUNK = 1 << 24  # bytes read at a time
-HEADER_LIMIT = 1 << 14  # NumPy's own headers take about 128 bytes
+HEADER_LIMIT = 1 << 14  # bytes; NumPy's own .npy headers take 128
+DEFLATE_LIMIT = 1032  # deflate, which numpy.savez_compressed uses, cannot expand its input by more
 
 
 class Split(NamedTuple):
@@ -36,16 +38,27 @@ class DataFileError(ValueError):
 
 
 class Member(NamedTuple):
-    """One array of an .npz file, known from its headers alone."""
+    """One array of an .npz file, as its headers describe it."""
 
     info: zipfile.ZipInfo
     shape: tuple[int, ...]
     dtype: np.dtype
-    header_size: int
+    header_size: int  # bytes before the array's own
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=object)) * self.dtype.itemsize
+        """Size of the array in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the array has to be decompressed to be read."""
+        return self.info.compress_type != zipfile.ZIP_STORED
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's message on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager
@@ -57,84 +70,111 @@ def open_npz(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     except (OSError, DataFileError):
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen types on damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataFileError(f"{path}: damaged, truncated or not an .npz file ({reason})") from error
+        raise DataFileError(f"{path}: damaged, truncated or not an .npz file ({one_line(error)})") from error
+
+
+def read_npy_header(stream: BinaryIO, name: str) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Read the header at the start of an .npy stream; return shape, dtype and the header's size in bytes.
+
+    Raises DataFileError, beginning with `name`, for arrays of objects, Fortran order and unknown format versions.
+    """
+    # Parsed from a bounded prefix, as the length that a header gives for itself may be anything.
+    prefix = io.BytesIO(stream.read(HEADER_LIMIT))
+    version = np.lib.format.read_magic(prefix)
+    if version not in [(1, 0), (2, 0)]:
+        raise DataFileError(f"{name} has .npy format version {version}, expected (1, 0) or (2, 0)")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(prefix)
+    if dtype.hasobject:
+        raise DataFileError(f"{name} holds Python objects, which may run code when read: refused")
+    if fortran_order and len(shape) > 1:
+        raise DataFileError(f"{name} is stored in Fortran order, expected C order")
+    if any(length < 0 for length in shape):
+        raise DataFileError(f"{name} has the impossible shape {shape}")
+    return shape, dtype, prefix.tell()
 
 
 def find_member(archive: zipfile.ZipFile, key: str) -> Member:
-    """Read the headers of array `key`, and check that the member is as long as they say.
+    """Read the headers of array `key`, and check them against each other and against the size of the file.
 
-    Raises DataFileError for a missing key, object arrays, Fortran order and sizes that do not agree.
+    Raises DataFileError for a missing key, for what `read_npy_header` refuses, and for sizes that cannot be true.
     """
     path = archive.filename
     names = archive.namelist()
     if f"{key}.npy" not in names:
         found = ", ".join(sorted(name.removesuffix(".npy") for name in names)[:10]) or "nothing"
-        raise DataFileError(f"{path}: no array '{key}' in it (found: {found})")
+        raise DataFileError(f"{path}: no array '{key}' in it, found {found}")
     info = archive.getinfo(f"{key}.npy")
-    with archive.open(info) as stream:
-        # Parsed from a bounded prefix: the length that a header gives for itself may be anything.
-        prefix = io.BytesIO(stream.read(HEADER_LIMIT))
-    version = np.lib.format.read_magic(prefix)
-    if version not in [(1, 0), (2, 0)]:
-        raise DataFileError(f"{path}: '{key}' has .npy format version {version}, this code reads (1, 0) and (2, 0)")
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read_header(prefix)
-    if dtype.hasobject:
-        raise DataFileError(f"{path}: '{key}' is an array of Python objects, which could run code when read: refused")
-    if fortran_order and len(shape) > 1:
-        raise DataFileError(f"{path}: '{key}' is stored in Fortran order, C order is needed")
-    if any(length < 0 for length in shape):
-        raise DataFileError(f"{path}: '{key}' has the impossible shape {shape}")
-    member = Member(info, shape, dtype, prefix.tell())
-    if member.header_size + member.nbytes != info.file_size:
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise DataFileError(
-            f"{path}: '{key}' claims shape {shape} of {dtype}, {member.nbytes} bytes, "
-            f"but the file holds {info.file_size - member.header_size}"
+            f"{path}: '{key}' has zip compression {info.compress_type}, expected none (0) or deflate (8)"
         )
+    largest = info.compress_size * (DEFLATE_LIMIT if info.compress_type == zipfile.ZIP_DEFLATED else 1)
+    if info.header_offset + info.compress_size > os.path.getsize(path) or info.file_size > largest:
+        raise DataFileError(f"{path}: '{key}' claims {info.file_size} bytes, more than the file can hold")
+    with archive.open(info) as stream:
+        shape, dtype, header_size = read_npy_header(stream, f"{path}: '{key}'")
+    member = Member(info, shape, dtype, header_size)
+    held = info.file_size - header_size
+    if member.nbytes != held:
+        raise DataFileError(f"{path}: '{key}' claims {shape} {dtype}, {member.nbytes} bytes, but {held} are there")
     return member
 
 
-def _read_member(archive: zipfile.ZipFile, member: Member) -> np.ndarray:
-    """Read a whole array; zipfile checks its CRC-32 on the way."""
-    array = np.empty(member.shape, member.dtype)
-    target = memoryview(array.reshape(-1).view(np.uint8))
+def read_chunks(archive: zipfile.ZipFile, member: Member) -> Iterator[bytes]:
+    """Yield the bytes of an array, at most CHUNK at a time, CHUNK being a multiple of every item size.
+
+    Raises DataFileError if it ends early; zipfile checks its CRC-32 on the way.
+    """
+    done = 0
     with archive.open(member.info) as stream:
         stream.read(member.header_size)
-        done = 0
         while chunk := stream.read(CHUNK):
-            target[done : done + len(chunk)] = chunk
             done += len(chunk)
+            yield chunk
     if done != member.nbytes:
         raise DataFileError(f"{archive.filename}: '{member.info.filename}' ends after {done} of {member.nbytes} bytes")
+
+
+def _read_member(archive: zipfile.ZipFile, member: Member) -> np.ndarray:
+    array = np.empty(member.shape, member.dtype)
+    flat = array.reshape(-1).view(np.uint8)
+    done = 0
+    for chunk in read_chunks(archive, member):
+        flat[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
+        done += len(chunk)
     return array
 
 
-def read_arrays(path: str | os.PathLike, *, image_size: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+def read_split(path: str | os.PathLike, *, image_size: int, num_classes: int) -> Split:
     """Read and check a prepared file: images (N,S,S,3) uint8 and labels (N,) int64 in [0, num_classes).
 
-    Raises FileNotFoundError, or DataFileError (one line, names the file) for anything else that is wrong with it.
+    Raises FileNotFoundError, or DataFileError for anything that is wrong with its content.
     """
     with open_npz(path) as archive:
         image, label = find_member(archive, "image"), find_member(archive, "label")
-        wanted = (image_size, image_size, 3)
-        if len(image.shape) != 4 or image.shape[1:] != wanted or image.dtype != np.uint8:
-            raise DataFileError(f"{path}: 'image' is {image.shape} {image.dtype}, expected (N, *{wanted}) uint8")
-        if label.shape != image.shape[:1] or label.dtype != np.int64 or not label.shape[0]:
+        if len(image.shape) != 4 or image.shape[1:] != (image_size, image_size, 3) or image.dtype != np.uint8:
+            raise DataFileError(
+                f"{path}: 'image' is {image.shape} {image.dtype}, expected (N, {image_size}, {image_size}, 3) uint8"
+            )
+        if label.shape != image.shape[:1] or label.dtype != np.int64:
             raise DataFileError(f"{path}: 'label' is {label.shape} {label.dtype}, expected ({image.shape[0]},) int64")
+        if image.shape[0] == 0:
+            raise DataFileError(f"{path}: holds no images")
         images, labels = _read_member(archive, image), _read_member(archive, label)
     if labels.min() < 0 or labels.max() >= num_classes:
-        raise DataFileError(f"{path}: labels from {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")
-    return images, labels.astype(np.int64, copy=False)
+        raise DataFileError(f"{path}: labels {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")
+    return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64, copy=False)))
 
 
-def write_arrays(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write a prepared file: complete under its name, or not there at all."""
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file that takes its name `path` only when it is complete and on disk; on an error nothing is left."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as stream:
-            np.savez(stream, image=images, label=labels.astype(np.int64))
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -142,11 +182,18 @@ def write_arrays(path: str | os.PathLike, images: np.ndarray, labels: np.ndarray
         temporary.unlink(missing_ok=True)
 
 
+def write_split(path: str | os.PathLike, split: Split) -> None:
+    """Write a prepared file, atomically. The same split gives the same bytes."""
+    with replacing(path) as stream:
+        np.savez(stream, image=split.images.numpy(), label=split.labels.numpy())
+
+
 @contextmanager
 def preparing(folder: str | os.PathLike) -> Iterator[Path]:
-    """Make `folder` and hold it for this process alone; remove what a killed process left half done (`*.tmp`).
+    """Make `folder`, which is for our files only, and hold it for this process; a second one waits here.
 
-    A second process waits here, and should then look whether the files it wanted have come into being.
+    Removes what a killed process left half done (`*.tmp`). Whoever had to wait should look whether the files that it
+    wanted have come into being.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,9 +201,9 @@ def preparing(folder: str | os.PathLike) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.warning("%s: another process prepares the data, waiting for it", folder)
+            logger.warning("%s: another process prepares the data here, waiting for it", folder)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: unique temporary names still keep the processes apart
+        except OSError:  # a file system without locks: the unique temporary names still keep processes apart
             yield folder
             return
         for leftover in folder.glob("*.tmp"):

@@ -1,6 +1,7 @@
 """From uint8 images to training batches: splits, subsets, and a loader without state or workers."""
 
 import math
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,9 +14,14 @@ from data.generated import Auxiliary
 PADDING = 4  # of the random crop, in pixels
 
 
-def _rng(seed: int, epoch: int, step: int, purpose: int) -> np.random.Generator:
-    """A generator that depends on these numbers only. NumPy's, because torch's uses 32 bits of its seed."""
-    return np.random.default_rng([seed, epoch, step, purpose])
+def random_generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> np.random.Generator:
+    """Return a generator that depends on these values only (NumPy's, as torch's uses no more than 32 bits of a seed).
+
+    Raises ValueError for a negative seed.
+    """
+    if seed < 0:
+        raise ValueError(f"seed {seed}: must not be negative")
+    return np.random.default_rng([seed, epoch, step, zlib.crc32(purpose.encode())])
 
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
@@ -64,8 +70,6 @@ class Loader:
             raise ValueError(f"batch size {batch_size}: must be at least 1")
         if not 0 <= auxiliary_fraction <= 1:
             raise ValueError(f"auxiliary fraction {auxiliary_fraction}: must lie in [0, 1]")
-        if seed < 0:
-            raise ValueError(f"seed {seed}: must not be negative")
         if len(train.labels) == 0:
             raise ValueError("the training set is empty")
         full_epoch = math.ceil(len(train.labels) / batch_size)
@@ -87,10 +91,11 @@ class Loader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of epoch number `epoch`, from step `start_step` on."""
-        order = _rng(self.seed, epoch, 0, 0).permutation(len(self.labels))
+        order = random_generator(self.seed, "order", epoch).permutation(len(self.labels))
         for step in range(start_step, self.steps):
             yield self._batch(
-                order[step * self.train_rows : (step + 1) * self.train_rows], _rng(self.seed, epoch, step, 1)
+                order[step * self.train_rows : (step + 1) * self.train_rows],
+                random_generator(self.seed, "batch", epoch, step),
             )
 
     def _batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,7 +121,7 @@ def balanced_subset(split: Split, n: int, seed: int) -> Split:
     """
     if not 1 <= n <= len(split.labels):
         raise ValueError(f"subset of {n} examples: must lie between 1 and {len(split.labels)}")
-    order = _rng(seed, 0, 0, 2).permutation(len(split.labels))
+    order = random_generator(seed, "subset").permutation(len(split.labels))
     labels = split.labels.cpu().numpy()[order]
     by_class = np.argsort(labels, kind="stable")
     first = np.searchsorted(labels[by_class], labels[by_class])
