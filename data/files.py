@@ -3,6 +3,7 @@
 Written atomically, by one process at a time; read without trusting anything that a file says about itself.
 """
 
+import errno
 import fcntl
 import io
 import logging
@@ -67,9 +68,11 @@ def open_npz(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (OSError, DataFileError):
+    except DataFileError:
         raise
     except Exception as error:  # zipfile, zlib and NumPy raise a dozen types on damaged bytes
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: zipfile followed a wrong offset
+            raise
         raise DataFileError(f"{path}: damaged, truncated or not an .npz file ({one_line(error)})") from error
 
 
