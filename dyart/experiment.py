@@ -24,6 +24,7 @@ import socket
 import stat
 import struct
 import time
+import warnings
 import weakref
 import zipfile
 from collections import Counter, OrderedDict
@@ -232,7 +233,8 @@ def _read_torch(file: BinaryIO, foreign: bool) -> Any:
     elif not foreign:
         raise ExperimentError("not a checkpoint, or a truncated one")
     file.seek(0)
-    with torch.serialization.safe_globals(_NUMPY_STAND_INS if foreign else []):
+    with torch.serialization.safe_globals(_NUMPY_STAND_INS if foreign else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of old formats and odd pickles; what matters is an error, or in the content.
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -389,9 +391,10 @@ class Experiment:
             raise ExperimentError(f"{name!r} cannot be the name of an experiment folder")
         root = Path(root)
         settings = _plain_settings(settings, root / name / "args.yaml")
-        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        with _naming("create", root / name):
+        text = yaml.safe_dump(settings, sort_keys=False)
+        with _naming("create", root):
             root.mkdir(parents=True, exist_ok=True)
+        with _naming("create", root / name):
             for number in itertools.count(1):
                 folder = root / (name if number == 1 else f"{name}-{number}")
                 try:
