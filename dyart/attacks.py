@@ -102,12 +102,11 @@ def pgd(
         raise ValueError(f"x must have shape (n, ...) and y shape (n,), got {tuple(x.shape)} and {tuple(y.shape)}")
     if not ((x >= 0) & (x <= 1)).all():
         raise ValueError("x must lie in [0, 1]")
-    x = x.detach()
     if x.shape[0] == 0:
-        return x.clone()
+        return x.detach().clone()
 
     with frozen(model, batch_statistics=batch_statistics), torch.no_grad():
-        clean_log_probs = F.log_softmax(model(x), 1) if objective == "kl" else None
+        clean_log_probs = log_probabilities(model(x)) if objective == "kl" else None
 
         def scores(at: Tensor) -> Tensor:
             return score(model(at), y, clean_log_probs)
@@ -120,9 +119,8 @@ def pgd(
                     at.requires_grad_(True)
                     value = scores(at)
                     (grad,) = torch.autograd.grad(value.sum(), at)
-                at = at.detach()
                 if keep_worst:
-                    worst, highest = _higher(worst, highest, at, value.detach())
+                    worst, highest = _higher(worst, highest, at, value)
                 at = ball.project(at + step_size * ball.steepest(torch.nan_to_num(grad)), x, eps)
             if keep_worst or restarts > 1:
                 worst, highest = _higher(worst, highest, at, scores(at))
@@ -140,6 +138,11 @@ def _higher(worst: Tensor, highest: Tensor, at: Tensor, value: Tensor) -> tuple[
     return torch.where(higher.view(-1, *[1] * (at.dim() - 1)), at, worst), torch.where(higher, value, highest)
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Logarithm of the softmax probabilities of logits (n, C), in float32 at least: also under autocast. (n, C)"""
+    return F.log_softmax(logits, 1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) of each row, from log-probabilities (n, C); differentiable in both. (n,)"""
     return (log_p.exp() * (log_p - log_q)).sum(1)
@@ -149,7 +152,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "ce": lambda logits, y, _: F.cross_entropy(logits, y, reduction="none"),
     "cw": lambda logits, y, _: -logit_margin(logits, y),
-    "kl": lambda logits, _, clean_log_probs: kl_divergence(clean_log_probs, F.log_softmax(logits, 1)),
+    "kl": lambda logits, _, clean_log_probs: kl_divergence(clean_log_probs, log_probabilities(logits)),
 }
 
 

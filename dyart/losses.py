@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyart.attacks import kl_divergence, pgd
+from dyart.attacks import kl_divergence, log_probabilities, pgd
 from dyart.margin import find_boundary, is_locally_closest, margin_gradient_weights, soft_logit_margin
 
 
@@ -140,7 +140,7 @@ def trades_loss(
     model.train()
     logits, logits_adv = model(x), model(x_adv)
     clean = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
-    robust = beta * kl_divergence(F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)).mean()
+    robust = beta * kl_divergence(log_probabilities(logits), log_probabilities(logits_adv)).mean()
     loss = clean + robust
     return loss, _detached(
         loss=loss,
@@ -194,7 +194,7 @@ def mart_loss(
     x_adv = pgd(model, x, y, objective="ce", start="normal", **attack)
     model.train()
     logits, logits_adv = model(x), model(x_adv)
-    log_p, log_p_adv = F.log_softmax(logits, 1), F.log_softmax(logits_adv, 1)
+    log_p, log_p_adv = log_probabilities(logits), log_probabilities(logits_adv)
     p_true = log_p.exp().gather(1, y[:, None])[:, 0]
     p_runner_up = log_p_adv.exp().scatter(1, y[:, None], 0).amax(1)
     boosted = F.nll_loss(log_p_adv, y) - torch.log(1.0001 - p_runner_up).mean()
