@@ -2,10 +2,14 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NoReturn
+
+import torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,9 +21,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
-    def add_flag(self, *names: str, **kwargs: Any) -> argparse.Action:
-        """A flag that is on by itself (`--flag`), and takes true or false (`--flag false`)."""
-        return self.add_argument(*names, nargs="?", const=True, type=boolean, metavar="true|false", **kwargs)
+
+def add_switch(group: Any, *names: str, **kwargs: Any) -> argparse.Action:
+    """Add a flag to a parser or group that is on by itself (`--flag`), and takes true or false (`--flag false`)."""
+    return group.add_argument(*names, nargs="?", const=True, type=boolean, metavar="true|false", **kwargs)
 
 
 def boolean(text: str) -> bool:
@@ -66,15 +71,29 @@ def _within(kind: Callable[[str], Any], noun: str, above: float, least: float, m
     return convert
 
 
+def device(name: str) -> torch.device:
+    """The device called `name`. Raises ValueError where there is none of that name on this machine."""
+    try:
+        found = torch.device(name)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+    return found
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Raise PermissionError where `folder`, or the nearest folder above it that exists, cannot be written to."""
+    path = Path(folder).resolve()
+    while not path.exists():
+        path = path.parent
+    if not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+        raise PermissionError(f"{flag} {folder}: cannot write to {path}")
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main; what is wrong with its input (ValueError, OSError) ends in one line and exit status 2."""
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
-        line = " ".join(str(error).split())
-        sys.exit(_complain(f"{sys.argv[0].rsplit('/', 1)[-1]}: error: {line}"))
-
-
-def _complain(line: str) -> int:
-    print(line, file=sys.stderr)
-    return 2
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -296,6 +296,11 @@ class _SettingsLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
+def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(settings, sort_keys=False)
+    _write_file(path, lambda file: file.write(text.encode()))
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     text = _read_text(path, _MAX_SETTINGS_BYTES)
     try:
@@ -391,7 +396,6 @@ class Experiment:
             raise ExperimentError(f"{name!r} cannot be the name of an experiment folder")
         root = Path(root)
         settings = _plain_settings(settings, root / name / "args.yaml")
-        text = yaml.safe_dump(settings, sort_keys=False)
         with _naming("create", root):
             root.mkdir(parents=True, exist_ok=True)
         with _naming("create", root / name):
@@ -405,7 +409,7 @@ class Experiment:
                         raise ExperimentError(f"{folder} exists and is not overwritten; choose another name") from None
             _sync_folder(root)
         experiment = cls(folder, settings, echo, "train")
-        _write_file(folder / "args.yaml", lambda file: file.write(text.encode()))
+        _write_settings(folder / "args.yaml", settings)
         return experiment
 
     @classmethod
@@ -457,6 +461,12 @@ class Experiment:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def update_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace args.yaml as a whole, for the settings that a resumed run may change. Raises ExperimentError."""
+        self._require("train")
+        self.settings = _plain_settings(settings, self.folder / "args.yaml")
+        _write_settings(self.folder / "args.yaml", self.settings)
 
     def log(self, message: str) -> None:
         """Echo `message`, and append it with the time to the log; it is on the disk when this returns."""

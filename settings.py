@@ -1,0 +1,279 @@
+"""The settings of a run: the paper's recipes, the flags that change them, and what args.yaml may hold."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import flags
+from data import DATASETS, DEFAULT_DATA_DIR
+from dyart.experiment import ExperimentError, check_settings
+from dyart.losses import LOSSES
+from dyart.margin import SEARCHES
+from dyart.projection import NORMS
+from dyart.schedules import SCHEDULES
+from flags import add_switch, number, optional, whole
+from models import create_model
+
+# --- Recipes (Xu et al., 2023, section 5 and appendix): what a flag leaves open is taken from here -------------------
+
+CIFAR10 = {
+    "model": "wrn-28-10-swish",
+    "burn_in_epochs": 10,
+    "epochs": 200,
+    "scheduler": "cosinew",
+    "lr": 0.1,
+    "batch_size": 256,
+    "r0": 16 / 255,
+    "alpha": 3.0,
+    "lambda_robust": 1000.0,
+    "clip_grad": 0.1,
+}
+RECIPES = {
+    "cifar10": CIFAR10,
+    "cifar100": CIFAR10,
+    "tiny-imagenet": CIFAR10
+    | {"model": "preact-resnet18", "burn_in_epochs": 20, "epochs": 100}
+    | {"r0": 32 / 255, "alpha": 5.0, "lambda_robust": 500.0, "clip_grad": 1.0},
+    # Not the paper's: the dataset that the tests run on.
+    "digits": CIFAR10 | {"model": "wrn-10-1-swish", "epochs": 20, "batch_size": 64},
+}
+GENERATED_DATA = {"epochs": 800, "batch_size": 512, "lambda_robust": 800.0}
+GROUP_NORM = {"scheduler": "step", "epochs": 100, "alpha": 8.0, "lambda_robust": 400.0, "clip_grad": None}
+GROUP_NORM_TINY_IMAGENET = {"lr": 0.05, "r0": 20 / 255, "alpha": 3.0, "lambda_robust": 500.0, "clip_grad": None}
+ATTACK_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
+
+
+def recipe(dataset: str, method: str, *, generated: bool, group_norm: bool) -> dict[str, Any]:
+    """The defaults of a dataset and method. Clean training alone is the burn-in: constant rate, no clipping."""
+    values = dict(RECIPES[dataset])
+    if generated:
+        values |= GENERATED_DATA
+    if group_norm:
+        values |= GROUP_NORM_TINY_IMAGENET if dataset == "tiny-imagenet" else GROUP_NORM
+    if method == "clean":
+        values |= {"epochs": values["burn_in_epochs"], "scheduler": "constant", "lr": 0.1, "batch_size": 256}
+        values |= {"clip_grad": None}
+    if method != "dyart":
+        values["burn_in_epochs"] = 0
+    return values
+
+
+# --- Flags: after a clear name stands the released code's spelling of the same ----------------------------------------
+
+
+def dataset_name(text: str) -> str:
+    """A dataset's name; the released code's `cifar10s` is cifar10 that may take generated data."""
+    name = {"cifar10s": "cifar10", "cifar100s": "cifar100"}.get(text, text)
+    if name not in DATASETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DATASETS)}")
+    return name
+
+
+def build_parser() -> flags.Parser:
+    """The flags of train.py; those whose default is SUPPRESS take it from the recipe, or from other flags."""
+    p = flags.Parser(prog="train.py", description=__doc__.splitlines()[0])
+    open_ = argparse.SUPPRESS
+    positive = number(above=0)
+
+    g = p.add_argument_group("what is trained")
+    g.add_argument("--dataset", "--data", type=dataset_name, default="cifar10", help=", ".join(DATASETS))
+    g.add_argument("--data-dir", default=str(DEFAULT_DATA_DIR), help="where prepared datasets lie")
+    g.add_argument("--model", default=open_, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD (the recipe's)")
+    add_switch(g, "--group-norm", "--GroupNorm", default=False, help="GroupNorm in the place of BatchNorm")
+    add_switch(g, "--normalize", default=False, help="normalize inside the model; the Swish models always do")
+    g.add_argument("--method", choices=list(LOSSES), default="dyart", help="of training, after the burn-in")
+    g.add_argument("--pretrained", metavar="FILE|FOLDER", default=None, help="averaged weights to start from")
+
+    g = p.add_argument_group("training (where no default is given: the recipe's)")
+    g.add_argument("--burn-in-epochs", type=whole(), default=open_, help="epochs of clean training before the method")
+    g.add_argument("--burn-in-lr", type=positive, default=0.1, help="its constant learning rate")
+    g.add_argument("--burn-in-batch-size", type=whole(least=1), default=256, help="its batch size")
+    g.add_argument("--epochs", type=whole(least=1), default=open_, help="epochs of the method")
+    g.add_argument("--batch-size", type=whole(least=1), default=open_, help="images a step")
+    g.add_argument("--lr", type=positive, default=open_, help="learning rate, at its peak")
+    g.add_argument("--scheduler", choices=list(SCHEDULES), default=open_, help="of the learning rate")
+    g.add_argument("--momentum", type=number(least=0, most=0.999), default=0.9, help="Nesterov's, unless switched off")
+    add_switch(g, "--nesterov", default=True, help="Nesterov momentum")
+    g.add_argument("--weight-decay", type=number(least=0), default=5e-4, help="not on a WRN's normalization layers")
+    g.add_argument("--clip-grad", "--clip_grad", type=optional(positive), default=open_, help="gradient norm, or none")
+    g.add_argument("--tau", type=number(least=0, most=0.999999), default=0.995, help="decay of the weight average")
+    add_switch(g, "--augment", default=True, help="random crop and flip")
+    g.add_argument("--train-subset", type=optional(whole(least=1)), default=None, help="this many, class-balanced")
+    g.add_argument("--seed", type=whole(), default=0, help="of weights, batches and attacks")
+
+    g = p.add_argument_group("DyART (where no default is given: the recipe's)")
+    g.add_argument("--r0", "--h_prime_r0", type=positive, default=open_, help="larger margins are left alone: 16/255")
+    g.add_argument("--alpha", "--h_prime_alpha", type=number(least=0), default=open_, help="priority of small margins")
+    g.add_argument("--lambda-robust", "--lam_robust", type=number(least=0), default=open_, help="of the robust term")
+    g.add_argument("--temperature", type=positive, default=5.0, help="of the soft logit margin")
+    g.add_argument("--norm", choices=list(NORMS), default="Linf", help="of margins and attacks")
+    g.add_argument("--search", choices=list(SEARCHES), default="fast", help="for boundary points; fab: as released")
+    g.add_argument("--search-steps", type=optional(whole(least=1)), default=None, help="by default the search's own")
+    g.add_argument("--init-radius", type=optional(number(least=0)), default=None, help="twice the starting noise")
+    add_switch(g, "--high-quality", "--use_high_quality", default=True, help="leave poor boundary points out")
+
+    g = p.add_argument_group("baselines, and the attack of baselines and validation")
+    g.add_argument("--beta", type=optional(number(least=-1)), default=6.0, help="of TRADES and MART")
+    g.add_argument("--attack-eps", type=positive, default=open_, help="8/255 for Linf, 128/255 for L2")
+    g.add_argument("--attack-step", type=positive, default=open_, help="a quarter of --attack-eps")
+    g.add_argument("--attack-iter", type=whole(least=1), default=10, help="PGD steps of the baselines")
+    g.add_argument("--validation-attack-iter", type=whole(least=1), default=40, help="PGD steps of validation")
+    g.add_argument("--validation-size", type=optional(whole(least=1)), default=None, help="images, of those held out")
+    g.add_argument("--validation-batch-size", "--batch-size-validation", type=whole(least=1), default=512, help="same")
+
+    g = p.add_argument_group("generated data")
+    g.add_argument("--aux-data-filename", metavar="FILE.npz", default=None, help="with `image` and `label`; any size")
+    g.add_argument("--unsup-fraction", type=number(least=0, most=1), default=0.7, help="generated share of a batch")
+
+    g = p.add_argument_group("the run")
+    g.add_argument("--output-dir", default="experiments", help="where experiment folders are made")
+    g.add_argument("--name", default=None, help="of the folder; by default dataset-method-model and what differs")
+    g.add_argument("--name-extra", "--fname_extra", metavar="TEXT", default="", help="appended to the name")
+    g.add_argument("--if-exists", choices=["rename", "stop"], default="rename", help="a folder is never overwritten")
+    g.add_argument("--resume", metavar="FOLDER", default=None, help="go on with this experiment folder")
+    g.add_argument("--save-every", "--save_intermediate_models", type=whole(), default=0, help="epochs: epoch_NNNN.pt")
+    g.add_argument("--checkpoint-minutes", type=optional(positive), default=None, help="also within an epoch")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    g.add_argument("--amp", choices=["none", "bf16"], default="none", help="mixed precision")
+    add_switch(g, "--channels-last", default=False, help="memory format of weights and images")
+    add_switch(g, "--compile", default=False, help="torch.compile the model")
+    add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
+    add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
+
+    # Released spellings that have no flag of their own here; `translate` says what they mean.
+    add_switch(p, "--clean_training", default=open_, help=argparse.SUPPRESS)
+    add_switch(p, "--DyART", dest="dyart", default=open_, help=argparse.SUPPRESS)
+    add_switch(p, "--mart", default=open_, help=argparse.SUPPRESS)
+    p.add_argument("--iter_FAB", type=whole(least=1), default=open_, help=argparse.SUPPRESS)
+    p.add_argument("--eps_FAB", type=number(least=0), default=open_, help=argparse.SUPPRESS)
+    p.add_argument("--attack", choices=["linf-pgd", "l2-pgd"], default=open_, help=argparse.SUPPRESS)
+    p.add_argument("--resume_fname", default=open_, help=argparse.SUPPRESS)
+    return p
+
+
+# Flags that are not settings of a run: what to do rather than what to train.
+ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
+# Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
+PLACE = ("data_dir", "device", "save_every", "checkpoint_minutes", "detect_anomaly", "compile")
+NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "beta", "validation_size"}
+NULLABLE |= {"pretrained", "aux_data_filename", "checkpoint_minutes"}
+
+# --- Settings: flags and recipe resolved, as they stand in args.yaml --------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> dict[str, Any]:
+    """The flags that were given, by their clear names; defaults are left out."""
+    build_parser().parse_args(argv)  # Answers --help, which shows the defaults that are taken away next.
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return translate(vars(parser.parse_args(argv)))
+
+
+def translate(given: dict[str, Any]) -> dict[str, Any]:
+    """Put the clear names in the place of the released code's spellings that mean several of them."""
+    given = dict(given)
+    clean, dyart, mart = given.pop("clean_training", False), given.pop("dyart", None), given.pop("mart", False)
+    if clean:
+        method = "clean"
+    elif dyart is None:
+        method = None
+    elif dyart:
+        method = "dyart"
+    else:
+        method = "at" if given.get("beta", -1) <= 0 else "mart" if mart else "trades"
+    if method is not None and given.setdefault("method", method) != method:
+        raise ValueError(f"--method {given['method']} contradicts the flags that select {method}")
+    if given.get("beta", 0) is not None and given.get("beta", 0) < 0:
+        given["beta"] = None
+    # These two were written for the released search, and they mean what they meant.
+    for released, name in (("iter_FAB", "search_steps"), ("eps_FAB", "init_radius")):
+        if released in given:
+            given[name] = given.pop(released)
+            given.setdefault("search", "fab")
+    if "attack" in given:
+        given["norm"] = {"linf-pgd": "Linf", "l2-pgd": "L2"}[given.pop("attack")]
+    folder = given.pop("resume_fname", None)
+    if given.get("resume", "").lower() in ("true", "false"):
+        wanted = flags.boolean(given.pop("resume"))
+        if wanted and folder is None:
+            raise ValueError("--resume True: say which folder, with --resume_fname FOLDER or --resume FOLDER")
+        if wanted:
+            given["resume"] = folder
+    return given
+
+
+def resolve(given: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of a run from the flags that were given. Raises ValueError where they do not go together."""
+    values = vars(build_parser().parse_args([])) | given
+    dataset, method = values["dataset"], values["method"]
+    generated = values["aux_data_filename"] is not None
+    values = recipe(dataset, method, generated=generated, group_norm=values["group_norm"]) | values
+    values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])
+    values.setdefault("attack_step", values["attack_eps"] / 4)
+    if values["pretrained"] is not None and method == "dyart":
+        if given.get("burn_in_epochs"):
+            raise ValueError(f"--burn-in-epochs {given['burn_in_epochs']}: --pretrained takes the place of a burn-in")
+        values["burn_in_epochs"] = 0
+    if method == "clean" and values["burn_in_epochs"]:
+        raise ValueError("--burn-in-epochs: clean training is the burn-in itself; use --epochs")
+    if method in ("trades", "mart") and not values["beta"]:
+        raise ValueError(f"--beta {values['beta']}: {method} needs a number above 0")
+    return {name: value for name, value in values.items() if name not in ACTIONS}
+
+
+def check_stored(settings: dict[str, Any], source: str | Path) -> None:
+    """Hold settings read from a file against the flags they come from: names, types and ranges."""
+    spec: dict[str, Any] = {}
+    for name, value in resolve({}).items():
+        kind = str if name in ("pretrained", "aux_data_filename") else float if value is None else type(value)
+        kind = int if name in ("train_subset", "search_steps", "validation_size") else kind
+        spec[name] = (kind, type(None)) if name in NULLABLE else kind
+    check_settings(settings, spec, source)
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    parser = build_parser()
+    parser.error = lambda message: (_ for _ in ()).throw(ExperimentError(f"{source}: {message}"))
+    parser.parse_args(argv)
+
+
+def default_name(settings: dict[str, Any]) -> str:
+    """dataset-method-model and each setting that differs from the recipe."""
+    fixed = ("dataset", "method", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
+    usual = resolve({name: settings[name] for name in fixed})
+    words = [settings["dataset"], settings["method"], settings["model"]]
+    words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]
+    words += ["generated"] if settings["aux_data_filename"] else []
+    for name, value in settings.items():
+        if name not in PLACE and value != usual[name]:
+            words.append(f"{name.replace('_', '-')}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
+    return "-".join(words).replace("/", "_")[:200]
+
+
+# --- What the settings stand for ----
+
+
+def loss_options(settings: dict[str, Any], method: str) -> dict[str, Any]:
+    """The keyword arguments that a method's loss function takes from the settings."""
+    s = settings
+    if method == "dyart":
+        names = ("lambda_robust", "alpha", "r0", "temperature", "norm", "search", "init_radius", "high_quality")
+        return {name: s[name] for name in names} | {"steps": s["search_steps"]}
+    options = {"norm": s["norm"], "eps": s["attack_eps"], "step_size": s["attack_step"], "steps": s["attack_iter"]}
+    return {"clean": {}, "at": options}.get(method, options | {"beta": s["beta"]})
+
+
+def build_model(settings: dict[str, Any]) -> nn.Module:
+    """The untrained model that the settings name, on the CPU."""
+    info = DATASETS[settings["dataset"]]
+    model = create_model(
+        settings["model"],
+        info.num_classes,
+        mean=info.mean,
+        std=info.std,
+        normalize=settings["normalize"],
+        group_norm=settings["group_norm"],
+    )
+    return model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
