@@ -34,12 +34,8 @@ class Normalization(nn.Module):
 
 
 def input_normalization(mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
-    """The first layer of every model: `Normalization` where a mean and std are given, nothing where both are None."""
-    if mean is None and std is None:
-        return nn.Identity()
-    if mean is None or std is None:
-        raise ValueError(f"mean {mean!r} and std {std!r}: give both or neither")
-    return Normalization(mean, std)
+    """The first layer of every model: `Normalization`, or nothing where `mean` is None."""
+    return nn.Identity() if mean is None else Normalization(mean, std)
 
 
 def replace_batch_norm(module: nn.Module) -> None:

@@ -54,12 +54,10 @@ class _BlockGroup(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width: images (n, 3, h, w) with pixels in [0, 1], h and w divisible by 4, to logits (n, num_classes).
+    """WRN-depth-width, depth = 6k + 4: images (n, 3, h, w) with pixels in [0, 1] to logits (n, num_classes).
 
-    Normalizes its input by `mean` and `std` where they are given. WRN-28-10 for 10 classes has 36,479,194 parameters.
-
-    Raises:
-        ValueError: for a depth that is not 6k + 4 with k >= 1, or a width below 1.
+    h and w are divisible by 4. Normalizes its input by `mean` and `std` where they are given. WRN-28-10 for 10 classes
+    has 36,479,194 parameters.
     """
 
     def __init__(
@@ -73,10 +71,6 @@ class WideResNet(nn.Module):
         std: Sequence[float] | None = None,
     ):
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"WideResNet depth {depth}: expected 6k + 4 with k >= 1, such as 10, 16, 22, 28, 34, 70")
-        if width < 1:
-            raise ValueError(f"WideResNet width {width}: expected at least 1")
         planes = (16, 16 * width, 32 * width, 64 * width)
         num_blocks = (depth - 4) // 6
         self.normalize = input_normalization(mean, std)

@@ -210,14 +210,15 @@ def test_preact_resnet_is_the_plain_forward_pass(name):
 @pytest.mark.parametrize("depth", [18, 50])
 @torch.no_grad()
 def test_resnet_is_torchvisions_with_a_small_stem(depth):
-    other = getattr(torchvision.models, f"resnet{depth}")(num_classes=10).double().eval()
+    other = getattr(torchvision.models, f"resnet{depth}")(num_classes=10)
     other.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     other.maxpool = nn.Identity()
+    other.double().eval()
     model = randomized(f"resnet{depth}")
     state = {n.replace("shortcut", "downsample").replace("linear", "fc"): v for n, v in model.state_dict().items()}
     other.load_state_dict(state)
-    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(model(x), other.double().eval()(x))
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(x), other(x))
 
 
 @pytest.mark.parametrize("name", ["preact-resnet18", "preact-resnet34-swish", "resnet18", "wrn-10-1"])
@@ -235,11 +236,12 @@ def test_each_depth_has_its_number_of_layers(name):
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1", "preact-resnet18", "resnet18"])
+@torch.no_grad()
 def test_normalizing_inside_is_normalizing_outside(name):
     inside = randomized(name, mean=MEAN, std=STD, normalize=True)
     outside = create_model(name, mean=MEAN, std=STD).double().eval()
     outside.load_state_dict(inside.state_dict(), strict=True)
-    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     normalized = (x - torch.tensor(MEAN).view(1, 3, 1, 1)) / torch.tensor(STD).view(1, 3, 1, 1)
     torch.testing.assert_close(inside(x), outside(normalized))
     assert not torch.allclose(inside(x), outside(x))
@@ -250,7 +252,7 @@ def test_swish_models_always_normalize_by_default_with_cifar10s_statistics(name)
     implicit = randomized(name)
     explicit = create_model(name, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)).double().eval()
     explicit.load_state_dict(implicit.state_dict(), strict=True)
-    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(implicit(x), explicit(x), rtol=0, atol=0)
 
 
@@ -421,7 +423,12 @@ def test_load_weights_leaves_out_mean_and_std(where):
 
 def test_load_weights_warns_of_another_mean_or_std():
     model = create_model("wrn-10-1-swish")
-    for other in (torch.tensor((0.2023, 0.1994, 0.2010)), torch.tensor(0.25), torch.full((3,), math.nan)):
+    for other in (
+        torch.tensor((0.2023, 0.1994, 0.2010)),
+        torch.tensor(0.25),
+        torch.rand(2),
+        torch.full((3,), math.nan),
+    ):
         with pytest.warns(UserWarning, match=r"file.pt: 0.std is .*the model keeps \[0.247"):
             load_weights(model, {"0.std": other, **prefixed(saved(), "1.")}, "file.pt")
 
@@ -452,7 +459,11 @@ def test_load_weights_does_without_the_counters_and_takes_other_precisions():
         (lambda s: {**s, "logits.bias": torch.zeros(10).to_sparse()}, "logits.bias is not a plain dense tensor"),
         (lambda s: {**s, "logits.bias": torch.zeros(10, device="meta")}, "logits.bias is not a plain dense tensor"),
         (lambda s: saved(num_classes=7), "weights are for 7 classes, the model has 10"),
-        (lambda s: saved("wrn-10-2"), "'init_conv|'layer.0.block.0.shortcut.weight'"),
+        (
+            lambda s: {**s, "logits.weight": torch.zeros(7, 9), "logits.bias": torch.zeros(7)},
+            r"'logits.bias' of shape \(7,\) instead of \(10,\), 'logits.weight' of shape \(7, 9\)",
+        ),
+        (lambda s: saved("wrn-10-2"), "unexpected 'layer.0.block.0.shortcut.weight'$"),
         (lambda s: saved("wrn-16-1"), "unexpected 'layer.0.block.1.batchnorm_0.bias'.* and 33 more"),
         (lambda s: saved("wrn-10-1", group_norm=True), "missing 'batchnorm.running_mean', 'batchnorm.running_var'"),
         (lambda s: {n: v for n, v in s.items() if n != "logits.bias"}, "missing 'logits.bias'$"),
