@@ -1,0 +1,550 @@
+"""Evaluate checkpoints by AutoAttack (Croce & Hein, 2020) and keep the figures.
+
+    python eval.py experiments/NAME --eps 2 4 8 --n 1000
+    python eval.py weights.pt --model wrn-28-10-swish --dataset cifar10 --eps 8
+
+Finished evaluations are records in autoattack.json. What an unfinished one has found is written after every batch, to
+autoattack.unfinished.json: the same command goes on from there, to the same figures as in one go.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import logging
+import math
+import platform
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyautoattack
+import torch
+import yaml
+from pyautoattack import AutoAttack
+from pyautoattack.checks import check_square_sr
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import flags
+from data import DATASETS, DEFAULT_DATA_DIR, Split, load_data, to_input
+from dyart.experiment import Experiment, ExperimentError, check_settings, load_checkpoint, read_json, write_json
+from models import create_model
+from models.weights import load_weights
+
+CUSTOM = ["apgd-ce", "apgd-t", "fab-t"]
+VERSIONS = {"standard": [*CUSTOM, "square"], "custom": CUSTOM}
+# Where our checkpoints, and those of others, keep which weights.
+WEIGHTS = {
+    "average": ["average", "wa_model", "model_state_dict"],
+    "raw": ["model", "unaveraged_model", "unaveraged_model_state_dict"],
+}
+MODEL_SETTINGS = {"dataset": str, "model": str, "group_norm": bool, "normalize": bool}
+
+# --- Flags: after a clear name stands the released code's spelling of the same ----------------------------------------
+
+
+def build_parser() -> flags.Parser:
+    """The flags of eval.py."""
+    p = flags.Parser(prog="eval.py", description=__doc__.splitlines()[0])
+    p.add_argument("target", metavar="FOLDER|FILE", nargs="?", help="an experiment folder, or a bare checkpoint file")
+    p.add_argument("--fname_input", metavar="FOLDER|FILE", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    g = p.add_argument_group("what is evaluated")
+    g.add_argument("--checkpoint", metavar="NAME", nargs="+", default=["best.pt"], help="files of the folder")
+    g.add_argument("--weights", choices=list(WEIGHTS), default="average", help="of a file that holds both")
+    g.add_argument(
+        "--n", type=flags.optional(flags.whole(least=1)), default=None, help="first N test images; none: all"
+    )
+    g.add_argument(
+        "--data-dir", default=None, help=f"where prepared datasets lie (as in training, or {DEFAULT_DATA_DIR})"
+    )
+
+    g = p.add_argument_group("the attack")
+    g.add_argument(
+        "--eps", "--eps_eval", nargs="+", default=["8"], help="radii: in 1/255 for Linf, absolute for L2; or fractions"
+    )
+    g.add_argument("--norm", "--norm_attack", choices=["Linf", "L2"], default="Linf", help="of the perturbation")
+    g.add_argument("--version", "-v", choices=list(VERSIONS), default="standard", help="custom leaves Square out")
+    g.add_argument(
+        "--batch-size", "--batch_size_for_eval", type=flags.whole(least=1), default=250, help="images a batch"
+    )
+    g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    flags.add_switch(g, "--again", default=False, help="also what is finished; its record is replaced")
+    flags.add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
+
+    g = p.add_argument_group("for a file without settings in it (those of others)")
+    g.add_argument("--model", default=None, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD")
+    g.add_argument("--dataset", "--data", type=dataset_name, default=None, help=", ".join(DATASETS) + " (cifar10)")
+    flags.add_switch(g, "--group-norm", "--GroupNorm", default=None, help="GroupNorm in the place of BatchNorm")
+    flags.add_switch(g, "--normalize", default=None, help="normalize inside the model; the Swish models always do")
+    return p
+
+
+def dataset_name(text: str) -> str:
+    """A dataset's name; the released code's `cifar10s` is cifar10 that may take generated data."""
+    name = {"cifar10s": "cifar10", "cifar100s": "cifar100"}.get(text, text)
+    if name not in DATASETS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DATASETS)}")
+    return name
+
+
+class Radius(NamedTuple):
+    """A perturbation's radius ε: its value in units of pixels in [0,1], and how it is written."""
+
+    eps: float
+    text: str
+
+
+def parse_eps(text: str, norm: str) -> Radius:
+    """ε from a flag: for Linf a number in 1/255 ("8") or a fraction ("8/255"), for L2 the value itself.
+
+    Raises ValueError for what is no number, ε <= 0, and for Linf beyond 1 or so small that 1/255 cannot be meant.
+    """
+    unit = 255 if norm == "Linf" and "/" not in text else 1
+    accepted = (
+        "above 0 and at most 255, in 1/255, or a fraction like 8/255" if norm == "Linf" else "above 0, or a fraction"
+    )
+    try:
+        value = Fraction(text.strip()) / unit
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if not (value > 0 and (norm == "L2" or value <= 1) and float(value) < float("inf")):
+        raise ValueError(f"--eps {text}: accepted for {norm} is a number {accepted}")
+    if norm == "Linf" and value * 255 < Fraction(1, 10):
+        raise ValueError(f"--eps {text} would be {text}/255; write a fraction of the pixels' range as 8/255")
+    return Radius(float(value), f"{float(value * 255):g}/255" if norm == "Linf" else f"{float(value):g}")
+
+
+def parse_device(text: str) -> torch.device:
+    """The device of a flag, where it is one that this machine has. Raises ValueError otherwise."""
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {text}: not available here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+class Candidate(NamedTuple):
+    """What is evaluated: a model with its weights, in eval mode, and what tells it from others in a record."""
+
+    model: nn.Module
+    identity: dict[str, Any]
+    data_dir: str | None
+
+
+def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Callable[[str], Any]) -> Candidate:
+    """The model of a checkpoint file: one of ours, which knows its settings, or others' with the settings as flags.
+
+    given: the flags `model`, `dataset`, `group_norm` and `normalize`, None where they were left out. Raises ValueError.
+    """
+    before = None
+    while before != (digest := sha256(path)):  # Training may replace the file while it is read.
+        before, state = digest, load_checkpoint(path, foreign=True)
+    settings = model_settings(state, path, given)
+    kind, state_dict = pick_weights(state, weights, path)
+
+    info = DATASETS[settings["dataset"]]
+    model = create_model(
+        settings["model"],
+        info.num_classes,
+        mean=info.mean,
+        std=info.std,
+        normalize=settings["normalize"],
+        group_norm=settings["group_norm"],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_weights(model, state_dict, str(path))
+    for warning in caught:
+        log(f"warning: {warning.message}")
+    model.eval().requires_grad_(False)
+    identity = {**settings, "checkpoint": path.name, "sha256": digest, "weights": kind}
+    return Candidate(model, identity, state["settings"].get("data_dir") if "settings" in state else None)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def model_settings(state: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make a checkpoint's model and choose its data: its own, or where it has none the flags'."""
+    if "settings" not in state:
+        if given["model"] is None:
+            raise ValueError(
+                f"{path} has no settings in it: --model, and where not cifar10 --dataset, must say what it is"
+            )
+        defaults = {"dataset": "cifar10", "group_norm": False, "normalize": False}
+        return {name: defaults[name] if given[name] is None else given[name] for name in MODEL_SETTINGS}
+    if not isinstance(state["settings"], Mapping):
+        raise ExperimentError(f"{path}: its settings are a {type(state['settings']).__name__}")
+    settings = {name: state["settings"][name] for name in MODEL_SETTINGS if name in state["settings"]}
+    check_settings(settings, MODEL_SETTINGS, path)
+    for name, value in given.items():
+        if value is not None and value != settings[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value}: {path} was trained with {settings[name]}; leave the flag out")
+    if settings["dataset"] not in DATASETS:
+        raise ExperimentError(f"{path}: unknown dataset {settings['dataset']!r}; known are {', '.join(DATASETS)}")
+    return settings
+
+
+def pick_weights(state: Mapping[str, Any], wanted: str, path: Path) -> tuple[str, Mapping[str, Tensor]]:
+    """The weights that were asked for, with their kind; a bare state dict is of the kind "only"."""
+    held = {
+        kind: key for kind, keys in WEIGHTS.items() for key in reversed(keys) if isinstance(state.get(key), Mapping)
+    }
+    if not held and wanted == "average":
+        return "only", state.get("state_dict", state)
+    if wanted not in held:
+        raise ValueError(f"--weights {wanted}: {path} holds {' and '.join(held) or 'a single set of weights'} only")
+    return wanted, state[held[wanted]]
+
+
+# --- Results ----------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """autoattack.json and what is unfinished, in a folder or beside a file: PREFIX.json and PREFIX.unfinished.json.
+
+    Both hold a list of records, whose identity is that of their checkpoint, data and attack. They are replaced as a
+    whole, so that a crash leaves the old or the new ones. For one process at a time.
+    """
+
+    def __init__(self, prefix: Path):
+        self.path = prefix.with_name(f"{prefix.name}.json")
+        self.unfinished_path = prefix.with_name(f"{prefix.name}.unfinished.json")
+        self.records = self._read(self.path)
+        # A crash between the writing of a record and the removal of its progress leaves both.
+        finished = [(_identity(record), record.get("date")) for record in self.records]
+        unfinished = self._read(self.unfinished_path)
+        self._unfinished = [record for record in unfinished if (_identity(record), record.get("date")) not in finished]
+
+    @staticmethod
+    def _read(path: Path) -> list[dict[str, Any]]:
+        records = read_json(path) if path.exists() else []
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ExperimentError(f"{path}: not a list of records")
+        return records
+
+    def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished record of `identity`, or None."""
+        return next((record for record in self.records if _identity(record) == identity), None)
+
+    def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of `identity` as an interrupted evaluation left it, or None."""
+        return next((record for record in self._unfinished if _identity(record) == identity), None)
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Keep an unfinished record."""
+
+        def is_current(other: dict[str, Any]) -> bool:
+            replaced = other.get("checkpoint") == record["checkpoint"] and other.get("sha256") != record["sha256"]
+            return not replaced and _identity(other) != _identity(record)
+
+        self._unfinished = [*filter(is_current, self._unfinished), record]
+        write_json(self.unfinished_path, self._unfinished)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Add a finished record, in the place of an earlier one of the same identity."""
+        others = [other for other in self.records if _identity(other) != _identity(record)]
+        write_json(self.path, [*others, record])
+        self.records = [*others, record]
+        self._unfinished = [other for other in self._unfinished if _identity(other) != _identity(record)]
+        if self._unfinished:
+            write_json(self.unfinished_path, self._unfinished)
+        else:
+            self.unfinished_path.unlink(missing_ok=True)
+
+
+IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
+IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
+
+
+def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record.get(name) for name in IDENTITY}
+
+
+# --- AutoAttack -------------------------------------------------------------------------------------------------------
+
+
+def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int, num_classes: int, device: Any) -> AutoAttack:
+    """AutoAttack's standard version for a model in eval mode, ready for `attacks_to_run` to name one attack of it.
+
+    It attacks the nine likeliest other classes, or all where there are fewer. Raises ValueError below 4 classes, where
+    the targeted attacks have no loss.
+    """
+    if num_classes < 4:
+        raise ValueError(f"{num_classes} classes: AutoAttack's targeted attacks need at least 4")
+    attack = AutoAttack(model, norm=norm, eps=eps, seed=seed, version="standard", device=device)
+    attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
+    return attack
+
+
+def evaluate(
+    candidate: Candidate,
+    test: Split,
+    identity: dict[str, Any],
+    results: Results,
+    device: torch.device,
+    log: Callable[[str], Any],
+) -> dict[str, Any]:
+    """Attack the first images of `test`, going on where an interrupted evaluation stopped; returns the record.
+
+    pyautoattack's own state file cannot serve for that. Version 0.2.0 writes the set of attacks as a string, which
+    never equals the set that it is compared with, so that restoring always fails; and it would regroup the images of
+    a half-done attack into other batches, with other random starts. So every batch of every attack is one call, which
+    is seeded by itself, on the images that the attacks before have left: the same calls as AutoAttack makes in one go.
+    """
+    n, batch_size, attacks = identity["n"], identity["batch_size"], VERSIONS[identity["version"]]
+    name = f"{identity['checkpoint']} {identity['norm']} {identity['eps_text']}"
+    model = candidate.model.to(device)
+    environment = {"device": device_name(device), "versions": versions()}
+
+    def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return to_input(test.images[rows]).to(device), test.labels[rows].to(device)
+
+    record = results.unfinished(identity)
+    if record is not None and {key: record.get(key) for key in environment} != environment:
+        log(f"{name}: what an interrupted evaluation left is of another device or other packages; starting again")
+        record = None
+    if record is None:
+        correct = torch.cat([_is_correct(model, *batch(rows)) for rows in torch.arange(n).split(batch_size)])
+        record = {**identity, "test_size": len(test.labels), "clean_accuracy": correct.sum().item() / n}
+        record |= {"robust_accuracy_after": {}, "seconds": {}, "warnings": [], **environment}
+        record |= {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "robust": _flags_to_text(correct),
+            "batches": 0,
+            "broken": [],
+        }
+        results.save(record)
+        log(f"{name}: clean accuracy {record['clean_accuracy']:.2%} of {n} images")
+    else:
+        check_progress(record, results)
+        done = ", ".join(record["robust_accuracy_after"]) or "the clean images"
+        log(f"{name}: going on after {done}" + f" and {record['batches']} batches" * (record["batches"] > 0))
+
+    attacker = autoattack(
+        model,
+        norm=identity["norm"],
+        eps=identity["eps"],
+        seed=identity["seed"],
+        num_classes=DATASETS[identity["dataset"]].num_classes,
+        device=device,
+    )
+    for attack in attacks:
+        if attack in record["robust_accuracy_after"]:
+            continue
+        robust = _flags_from_text(record["robust"])
+        standing = robust.nonzero().flatten()
+        batches = standing.split(batch_size) if len(standing) else ()
+        attacker.attacks_to_run = [attack]
+        record["seconds"].setdefault(attack, 0.0)
+        bar = tqdm(total=len(batches), initial=record["batches"], desc=f"{name} {attack}", unit="batch", leave=False)
+        with bar, _warnings(record, attacker.logger, log):
+            for rows in batches[record["batches"] :]:
+                bar.set_postfix_str(f"robust {(robust.sum().item() - len(record['broken'])) / n:.2%}")
+                started = time.monotonic()
+                x, y = batch(rows)
+                _, predicted = attacker.run_standard_evaluation(x, y, batch_size=len(rows))
+                record["broken"] += rows[(predicted != y).cpu()].tolist()
+                record["batches"] += 1
+                record["seconds"][attack] += time.monotonic() - started
+                results.save(record)
+                bar.update()
+        robust[record["broken"]] = False
+        accuracy = robust.sum().item() / n
+        record |= {"robust": _flags_to_text(robust), "batches": 0, "broken": []}
+        record["robust_accuracy_after"][attack] = accuracy
+        if attack != attacks[-1]:
+            results.save(record)
+        log(f"{name}: {accuracy:.2%} robust after {attack} ({record['seconds'][attack]:.1f} s)")
+
+    with _warnings(record, attacker.logger, log):
+        check_square_sr({"clean": record["clean_accuracy"], **record["robust_accuracy_after"]}, logger=attacker.logger)
+    record = {key: value for key, value in record.items() if key not in ("robust", "batches", "broken")}
+    record["robust_accuracy"] = record["robust_accuracy_after"][attacks[-1]]
+    results.finish(record)
+    return record
+
+
+@torch.no_grad()
+def _is_correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x).argmax(dim=1) == y).cpu()
+
+
+def check_progress(record: Mapping[str, Any], results: Results) -> None:
+    """Hold what an interrupted evaluation left against what `evaluate` writes. Raises ExperimentError."""
+    n, attacks = record["n"], VERSIONS[record["version"]]
+    robust, broken, batches = record.get("robust"), record.get("broken"), record.get("batches")
+    done, seconds = record.get("robust_accuracy_after"), record.get("seconds")
+    sound = isinstance(robust, str) and re.fullmatch(f"[01]{{{n}}}", robust) is not None
+    sound = sound and isinstance(broken, list) and all(type(row) is int and 0 <= row < n for row in broken)
+    sound = sound and isinstance(done, dict) and list(done) == attacks[: len(done)] and len(done) < len(attacks)
+    sound = sound and isinstance(seconds, dict) and all(isinstance(value, int | float) for value in seconds.values())
+    sound = sound and type(batches) is int and 0 <= batches <= math.ceil(robust.count("1") / record["batch_size"])
+    sound = sound and isinstance(record.get("clean_accuracy"), float) and isinstance(record.get("warnings"), list)
+    if not sound:
+        raise ExperimentError(f"{results.unfinished_path}: damaged; remove it to start the evaluation again")
+
+
+def _flags_to_text(flags_: Tensor) -> str:
+    return "".join("01"[flag] for flag in flags_.tolist())
+
+
+def _flags_from_text(text: str) -> Tensor:
+    return torch.tensor([character == "1" for character in text])
+
+
+@contextlib.contextmanager
+def _warnings(record: dict[str, Any], logger: logging.Logger, log: Callable[[str], Any]) -> Iterator[None]:
+    """Log what AutoAttack warns of, and keep it in the record: once for each kind, whatever the numbers in it."""
+    kinds = {re.sub("[0-9.]+", "#", message) for message in record["warnings"]}
+
+    class Collector(logging.Handler):
+        def emit(self, event: logging.LogRecord) -> None:
+            kind = re.sub("[0-9.]+", "#", message := event.getMessage())
+            if kind not in kinds:
+                kinds.add(kind)
+                record["warnings"].append(message)
+                log(f"warning of AutoAttack: {message}")
+
+    collector, propagate = Collector(logging.WARNING), logger.propagate
+    logger.addHandler(collector)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(collector)
+        logger.propagate = propagate
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the figures depend on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pyautoattack": pyautoattack.__version__,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """A device as people know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where an evaluation's checkpoints lie, and where its results go."""
+
+    checkpoints: list[Path]
+    results: Path
+    log: Callable[[str], Any]
+
+
+@contextlib.contextmanager
+def open_place(target: Path, checkpoints: list[str]) -> Iterator[Place]:
+    """The folder or file to evaluate, locked against a second evaluation. Raises ExperimentError."""
+    if target.is_file() and (target.parent / "args.yaml").exists():
+        target, checkpoints = target.parent, [target.name]
+    if not target.is_file():
+        with Experiment.open(target, lock="eval", echo=tqdm.write) as experiment:
+            paths = [target / (name if name.endswith(".pt") else f"{name}.pt") for name in checkpoints]
+            yield Place(paths, target / "autoattack", experiment.log)
+        return
+
+    def log(message: str) -> None:
+        tqdm.write(message)
+        with open(f"{target}.eval.log", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    with open(target, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ExperimentError(f"{target} is in use: another process evaluates it") from None
+        yield Place([target], target.with_name(f"{target.name}.autoattack"), log)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Evaluate what the flags say. Raises ValueError or OSError, in one line, for what is wrong with them."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    target = getattr(args, "fname_input", args.target)
+    if target is None or (hasattr(args, "fname_input") and args.target is not None):
+        parser.error("expected one FOLDER or FILE to evaluate")
+    radii = list(dict.fromkeys(parse_eps(text, args.norm) for text in args.eps))
+    if args.dry_run:
+        settings = {"target": target, **{key: value for key, value in vars(args).items() if key != "fname_input"}}
+        settings |= {"target": target, "eps": [radius.text for radius in radii], "attacks": VERSIONS[args.version]}
+        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        return 0
+
+    device = parse_device(args.device)
+    given = {name: getattr(args, name) for name in MODEL_SETTINGS}
+    with open_place(Path(target), args.checkpoint) as place:
+        results = Results(place.results)
+        candidates = [load_candidate(path, args.weights, given, place.log) for path in place.checkpoints]
+        tests = [load_test(candidate, args.data_dir) for candidate in candidates]
+        for test in tests:
+            if args.n is not None and args.n > len(test.labels):
+                raise ValueError(f"--n {args.n}: the test set has {len(test.labels)} images")
+        for candidate, test in zip(candidates, tests, strict=True):
+            for radius in radii:
+                attack = {"norm": args.norm, "eps": radius.eps, "eps_text": radius.text, "version": args.version}
+                attack |= {"n": args.n or len(test.labels), "seed": args.seed, "batch_size": args.batch_size}
+                evaluate_once(candidate, test, attack, results, device, place.log, again=args.again)
+        place.log(f"results in {results.path}")
+    return 0
+
+
+def load_test(candidate: Candidate, data_dir: str | None) -> Split:
+    """The test set of a checkpoint: below `data_dir`, or where it was trained from if that is there."""
+    if data_dir is None and candidate.data_dir is not None and Path(candidate.data_dir).is_dir():
+        data_dir = candidate.data_dir
+    return load_data(candidate.identity["dataset"], DEFAULT_DATA_DIR if data_dir is None else data_dir)[1]
+
+
+def evaluate_once(
+    candidate: Candidate,
+    test: Split,
+    attack: dict[str, Any],
+    results: Results,
+    device: torch.device,
+    log: Callable[[str], Any],
+    *,
+    again: bool,
+) -> None:
+    """Evaluate one checkpoint under one attack unless its record is there, and log what came out."""
+    identity = {**candidate.identity, **attack}
+    record = None if again else results.finished(identity)
+    known = "" if record is None else f" (already in {results.path}; --again evaluates it again)"
+    record = record or evaluate(candidate, test, identity, results, device, log)
+    log(
+        f"{identity['checkpoint']} ({identity['weights']} weights), {identity['norm']} {identity['eps_text']}, first "
+        f"{identity['n']} of {record['test_size']} test images: clean {record['clean_accuracy']:.2%}, "
+        f"AutoAttack {identity['version']} {record['robust_accuracy']:.2%}{known}"
+    )
+
+
+if __name__ == "__main__":
+    flags.run(main)
