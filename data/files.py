@@ -62,6 +62,14 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def is_bad_content(error: Exception) -> bool:
+    """Whether an exception met while reading a file tells of its content, and not of the disk or of permissions.
+
+    zipfile, zlib, NumPy and Pillow raise a dozen types on damaged bytes; zipfile, on wrong offsets, even EINVAL.
+    """
+    return not isinstance(error, OSError) or error.errno == errno.EINVAL
+
+
 @contextmanager
 def open_npz(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     """Open an .npz file for reading; whatever zipfile or NumPy raise inside on bad content becomes a DataFileError."""
@@ -70,8 +78,8 @@ def open_npz(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
             yield archive
     except DataFileError:
         raise
-    except Exception as error:  # zipfile, zlib and NumPy raise a dozen types on damaged bytes
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: zipfile followed a wrong offset
+    except Exception as error:
+        if not is_bad_content(error):
             raise
         raise DataFileError(f"{path}: damaged, truncated or not an .npz file ({one_line(error)})") from error
 

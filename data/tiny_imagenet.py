@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.download import download
-from data.files import DataFileError, Split, one_line, preparing, read_split, write_split
+from data.files import DataFileError, Split, is_bad_content, one_line, preparing, read_split, write_split
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def _is_intact_zip(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:  # see open_npz: damaged bytes raise many types
+    except Exception:  # see is_bad_content
         return False
 
 
@@ -164,10 +164,8 @@ def _decode(source: Path) -> tuple[Split, Split]:
             wnids, train, test = _layout(set(names), read)
             label_of = {wnid: label for label, wnid in enumerate(wnids)}
             return _decode_split(train, label_of, read, "train"), _decode_split(test, label_of, read, "test")
-    except OSError:
-        raise
-    except Exception as error:  # damaged bytes make zipfile and zlib raise many types
-        if isinstance(error, DataFileError) and str(error).startswith(str(source)):
+    except Exception as error:
+        if not is_bad_content(error) or str(error).startswith(str(source)):
             raise
         raise DataFileError(f"{source}: damaged or not Tiny-ImageNet-200 ({one_line(error)})") from error
 
@@ -220,7 +218,7 @@ def _decode_split(files: list[tuple[str, str]], label_of: dict[str, int], read: 
                 if image.size != (SIZE, SIZE) or len(content) > FILE_LIMIT:
                     raise DataFileError(f"{image.size} pixels, {len(content)} bytes, expected {(SIZE, SIZE)}")
                 target[:] = image.convert("RGB")  # some are greyscale
-        except Exception as error:  # Pillow raises many types on damaged bytes
+        except Exception as error:  # see is_bad_content
             raise DataFileError(f"{name}: {one_line(error)}") from error
     return Split(images, torch.tensor([label_of[wnid] for _, wnid in files]))
 
