@@ -221,12 +221,10 @@ def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any
 def _read_torch(file: BinaryIO, foreign: bool) -> Any:
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
-            # torch stores its records as they are: compressed ones could expand to more than the memory holds.
-            size = os.fstat(file.fileno()).st_size
-            members = archive.infolist()
-            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+            # torch stores its records as they are; others could expand to more than the memory holds.
+            if sum(member.file_size for member in archive.infolist()) > os.fstat(file.fileno()).st_size:
                 raise ExperimentError("not written by torch.save (its records are compressed or overlap)")
-            # torch does not look at the CRCs, and a wrong size in its pickle is better not believed.
+            # torch does not look at the CRCs, which are all that protects a foreign file.
             damaged = archive.testzip()
             if damaged is not None:
                 raise ExperimentError(f"damaged (record {damaged!r})")
@@ -365,7 +363,7 @@ class Loaded(NamedTuple):
     note: str
 
 
-class Experiment:
+class Experiment(contextlib.AbstractContextManager):
     """An experiment folder: `folder`, its `settings`, and for the one process that holds its lock, what it writes.
 
     From `create`, or from `open` with lock="train" (`log` writes train.log) or "eval" (eval.log): the two do not
@@ -430,8 +428,8 @@ class Experiment:
     def _take_lock(self, purpose: str) -> BinaryIO:
         name, patterns = _LOCKS[purpose]
         with _naming("lock", self.folder / name), contextlib.ExitStack() as on_error:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            lock = on_error.enter_context(open(os.open(self.folder / name, flags, 0o644), "r+b", buffering=0))
+            descriptor = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = on_error.enter_context(open(descriptor, "r+b", buffering=0))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -455,9 +453,6 @@ class Experiment:
         if self._lock is not None:
             self._lock.close()
         self._purpose, self._lock = None, None
-
-    def __enter__(self) -> "Experiment":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -257,6 +257,9 @@ def test_numpys_numbers_in_foreign_checkpoints_become_pythons(tmp_path: Path) ->
     read = load_checkpoint(tmp_path / "a.pt", foreign=True)
     assert read["acc"] == {name: number.item() for name, number in numbers.items()}
     assert all(type(value) in (bool, int, float) for value in read["acc"].values())
+    rewrite(tmp_path / "a.pt", lambda data: data.replace(b"X\x01\0\0\0<", b"X\x01\0\0\0>"))
+    read = load_checkpoint(tmp_path / "a.pt", foreign=True)
+    assert (read["acc"]["int32"], read["acc"]["uint16"]) == (2**24, 2**8)
     for other in (np.zeros(2), np.dtype("float32"), np.str_("x"), np.datetime64("2024-01-01")):
         torch.save({"x": other}, tmp_path / "a.pt")
         with refused(".", tmp_path / "a.pt"):
@@ -322,6 +325,16 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with refused(".", path):
             load_checkpoint(path)
+
+
+def test_one_flipped_bit_in_a_foreign_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"w": torch.full((4,), 0.1)}, path)
+    content = path.read_bytes()
+    assert content.count(np.full(4, 0.1, np.float32).tobytes()) == 1
+    path.write_bytes(content.replace(np.float32(0.1).tobytes(), np.float32(0.2).tobytes(), 1))
+    with refused("damaged .record 'a/data/0'", path):
+        load_checkpoint(path, foreign=True)
 
 
 def test_missing_files_folders_pipes_and_devices_are_refused_at_once(tmp_path: Path) -> None:
@@ -522,6 +535,15 @@ def test_the_settings_come_back_as_they_went(tmp_path: Path) -> None:
     assert yaml.safe_load((run.folder / "args.yaml").read_text()) == SETTINGS
 
 
+def test_settings_are_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    with new_experiment(tmp_path) as run:
+        with refused("'epochs' holds a dict", run.folder / "args.yaml"):
+            run.update_settings({**SETTINGS, "epochs": {}})
+        assert run.settings == Experiment.open(run.folder).settings == SETTINGS
+        run.update_settings({**SETTINGS, "epochs": 5})
+        assert run.settings == Experiment.open(run.folder).settings == {**SETTINGS, "epochs": 5}
+
+
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 
 
@@ -715,6 +737,7 @@ def test_nothing_is_written_without_the_lock(tmp_path: Path) -> None:
             for write in (
                 lambda: reader.save_latest({}),  # noqa: B023
                 lambda: reader.save_best({}),  # noqa: B023
+                lambda: reader.update_settings(SETTINGS),  # noqa: B023
                 lambda: reader.append_metrics({"epoch": 1}),  # noqa: B023
                 lambda: reader.truncate_metrics(0),  # noqa: B023
             ):
@@ -832,6 +855,15 @@ def test_where_latest_is_damaged_previous_serves_and_is_kept(tmp_path: Path, how
         assert load_checkpoint(run.folder / "previous.pt")["epoch"] == 5
 
 
+def test_a_latest_that_someone_removed_does_not_stop_the_run(tmp_path: Path) -> None:
+    with new_experiment(tmp_path) as run:
+        for epoch in (1, 2):
+            run.save_latest(a_state(epoch))
+        (run.folder / "latest.pt").unlink()
+        run.save_latest(a_state(3))
+        assert [load_checkpoint(run.folder / name)["epoch"] for name in ("previous.pt", "latest.pt")] == [1, 3]
+
+
 def test_where_both_are_damaged_both_are_named(tmp_path: Path) -> None:
     with new_experiment(tmp_path) as run:
         run.save_latest(a_state(1))
@@ -884,6 +916,7 @@ def test_a_crash_at_any_system_call_leaves_a_loadable_generation(tmp_path: Path,
             run.save_latest(a_state(4))
 
         status = wait(in_child(body))
+        assert not links or (folder / "latest.pt").exists()
         survived.append(newest(folder))
         with Experiment.open(folder, lock="train") as run:
             run.load_latest()
@@ -939,26 +972,27 @@ def test_kill_9_at_any_moment_loses_nothing_that_was_finished(tmp_path: Path) ->
 # --- A full disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("room", [2_000, 100_000, 402_000])
+def test_a_full_disk_leaves_the_files_that_were_there(tmp_path: Path, room: int) -> None:
+    """With room for nothing, for some of the tensors, and for all but the last bytes of the checkpoint."""
     with new_experiment(tmp_path) as run:
-        run.save_latest({"x": torch.zeros(10)})
-        run.save_latest({"x": torch.ones(10)})
-        for epoch in range(100):
-            run.append_metrics({"epoch": epoch, "loss": 0.1})
+        for value in (0, 1):
+            run.save_latest({"x": torch.full((10,), value)})
+        run.save_best({"x": torch.zeros(10)})
+        (run.folder / "metrics.csv").write_text("note\n" + ("x" * 99 + "\n") * (room // 100 - 1))
         write_json(run.folder / "autoattack.json", [1])
     before = files(run.folder)
-    size = len(before["metrics.csv"])
 
     def body() -> None:
         run = Experiment.open(tmp_path / "run", lock="train", echo=quiet)
         run.load_latest()
-        large = {"x": torch.randn(100_000)}
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        large = {"x": torch.randn(100_000), "y": torch.zeros(100)}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         for name, write in {
             "latest.pt": lambda: run.save_latest(large),
             "best.pt": lambda: run.save_best(large),
-            "metrics.csv": lambda: run.append_metrics({"epoch": 100, "loss": 0.1}),
-            "autoattack.json": lambda: write_json(run.folder / "autoattack.json", list(range(10_000))),
+            "metrics.csv": lambda: run.append_metrics({"note": "y" * 200}),
+            "autoattack.json": lambda: write_json(run.folder / "autoattack.json", ["x" * room]),
         }.items():
             with refused(f"^cannot write .*{name}: File too large$", run.folder / name):
                 write()
