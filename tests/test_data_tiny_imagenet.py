@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from multiprocessing import get_context
@@ -20,6 +21,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tqdm import tqdm
 
 from data import DATASETS, load_data, tiny_imagenet
 from data.files import DataFileError
@@ -167,6 +169,7 @@ def test_preparing_again_and_from_another_zip(source, prepared, tmp_path):
 
 def test_killed_at_any_moment_the_next_call_ends_in_the_same_state(source, prepared, tmp_path):
     def prepare() -> None:
+        tqdm.set_lock(threading.RLock())  # its own lock is shared with forks: a killed one would hold it for ever
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (the progress bars of a killed process)
         tiny_imagenet.prepare(tmp_path, source)
 
