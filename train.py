@@ -10,7 +10,7 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,8 @@ from settings import ACTIONS, PLACE, build_model, check_stored, default_name, lo
 
 # A run stops at this many steps in a row whose loss or gradient is not finite.
 MAX_BAD_STEPS = 10
+# Where our checkpoints, and those of others, keep the averaged weights.
+AVERAGE_KEYS = ("average", "wa_model", "model_state_dict", "state_dict")
 
 # --- Model and data ---------------------------------------------------------------------------------------------------
 
@@ -71,31 +73,51 @@ def load_pretrained(model: nn.Module, source: str) -> None:
         if loaded is None:
             raise ExperimentError(f"--pretrained {source}: the folder holds no checkpoint yet")
         state, path = loaded.state, loaded.path
+        wanted = state["settings"]["burn_in_epochs"] + state["settings"]["epochs"]
+        if state["progress"]["epoch"] < wanted:
+            raise ExperimentError(
+                f"--pretrained {source}: {state['progress']['epoch']} of its {wanted} epochs are finished; "
+                f"go on with --resume {source}, or name one of its checkpoint files"
+            )
     else:
         state = load_checkpoint(path, foreign=True)
-    load_weights(model, state.get("average", state), f"--pretrained {path}")
+    weights = next((state[key] for key in AVERAGE_KEYS if isinstance(state.get(key), Mapping)), state)
+    load_weights(model, weights, f"--pretrained {path}")
 
 
-def load_splits(settings: dict[str, Any]) -> tuple[Split, Split]:
-    """The training and validation images that the settings ask for."""
+class Splits(NamedTuple):
+    """The images of a run, and how many make an epoch with generated data: the held-out ones count, as in the paper."""
+
+    train: Split
+    validation: Split
+    epoch_size: int
+
+
+def load_splits(settings: dict[str, Any]) -> Splits:
+    """The images that the settings ask for. Raises ValueError where they ask for more than there are."""
     train, _ = load_data(settings["dataset"], settings["data_dir"])
+    epoch_size = len(train.labels)
     train, validation = hold_out(train, settings["dataset"], settings["seed"])
-    if settings["train_subset"] is not None:
-        train = balanced_subset(train, settings["train_subset"], settings["seed"])
+    subset = settings["train_subset"]
+    if subset is not None:
+        if subset > len(train.labels):
+            raise ValueError(f"--train-subset {subset}: there are {len(train.labels)} training images")
+        train, epoch_size = balanced_subset(train, subset, settings["seed"]), subset
     size = settings["validation_size"]
     if size is not None and size > len(validation.labels):
         raise ValueError(f"--validation-size {size}: only {len(validation.labels)} images are held out")
-    return train, Split(validation.images[:size], validation.labels[:size])
+    return Splits(train, Split(validation.images[:size], validation.labels[:size]), epoch_size)
 
 
-def open_generated(settings: dict[str, Any]) -> dict[str, Any]:
+def open_generated(settings: dict[str, Any], epoch_size: int) -> dict[str, Any]:
     """How a Loader mixes in the generated data that the settings name; nothing where they name none."""
     if settings["aux_data_filename"] is None:
         return {}
     info = DATASETS[settings["dataset"]]
     shape = (info.image_size, info.image_size, 3)
     auxiliary = load_auxiliary(settings["aux_data_filename"], image_shape=shape, num_classes=info.num_classes)
-    return {"auxiliary": auxiliary, "auxiliary_fraction": settings["unsup_fraction"]}
+    steps = math.ceil(epoch_size / settings["batch_size"])
+    return {"auxiliary": auxiliary, "auxiliary_fraction": settings["unsup_fraction"], "steps_per_epoch": steps}
 
 
 def build_optimizer(model: nn.Module, stage: Stage, settings: dict[str, Any]) -> SGD:
@@ -317,10 +339,17 @@ class Run:
         set_rng_states(state["rng"])
 
 
-def train(experiment: Experiment, settings: dict[str, Any], state: dict[str, Any] | None, signals: Signals) -> None:
+def train(
+    experiment: Experiment,
+    settings: dict[str, Any],
+    splits: Splits,
+    generated: dict[str, Any],
+    state: dict[str, Any] | None,
+    signals: Signals,
+) -> None:
     """Run the stages of `settings` in `experiment`, from the start or from the checkpoint `state`.
 
-    Raises Interrupted after a checkpoint, Diverged, or ValueError and OSError for data and files that cannot be used.
+    Raises Interrupted after a checkpoint, Diverged, or ValueError and OSError for files that cannot be used.
     """
     device = flags.device(settings["device"])
     torch.backends.cudnn.deterministic = True
@@ -333,8 +362,6 @@ def train(experiment: Experiment, settings: dict[str, Any], state: dict[str, Any
     model.to(device)
     if settings["compile"]:
         model.compile()
-    train_split, validation = load_splits(settings)
-    generated = open_generated(settings)
 
     run = None
     stages = stages_of(settings)
@@ -345,7 +372,7 @@ def train(experiment: Experiment, settings: dict[str, Any], state: dict[str, Any
             model.load_state_dict(run.average.model.state_dict())
         mixed_in = {} if stage.name == "burn-in" else generated
         data = {"seed": settings["seed"], "augment": settings["augment"], "device": device, **mixed_in}
-        loader = Loader(train_split, stage.batch_size, **data)
+        loader = Loader(splits.train, stage.batch_size, **data)
         # The average copies during the first 2.5 % of all steps.
         average = WeightAverage(model, tau=settings["tau"], warmup_steps=round(0.025 * stage.epochs * len(loader)))
         optimizer = build_optimizer(model, stage, settings)
@@ -360,7 +387,7 @@ def train(experiment: Experiment, settings: dict[str, Any], state: dict[str, Any
         while run.progress.epoch < stage.first + stage.epochs:
             try:
                 train_epoch(run, stage, loader, experiment, signals)
-                scores = validate(run.average.model, validation, settings, signals)
+                scores = validate(run.average.model, splits.validation, settings, signals)
             except Interrupted:
                 experiment.save_latest(run.checkpoint())
                 raise
@@ -474,11 +501,14 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def resume(given: dict[str, Any]) -> tuple[Experiment, dict[str, Any], dict[str, Any] | None]:
-    """Open a folder to go on with: (experiment, settings, checkpoint or None where there is none yet)."""
+def resume(given: dict[str, Any], *, dry_run: bool) -> tuple[Experiment, dict[str, Any], dict[str, Any] | None]:
+    """Open a folder to go on with: (experiment, settings, checkpoint or None where there is none yet).
+
+    A dry run only reads.
+    """
     given = dict(given)
     folder = given.pop("resume")
-    experiment = Experiment.open(folder, lock="train")
+    experiment = Experiment.open(folder, lock=None if dry_run else "train")
     settings = dict(experiment.settings)
     check_stored(settings, experiment.folder / "args.yaml")
     for name in set(given) - {"epochs", *PLACE, *ACTIONS}:
@@ -499,6 +529,8 @@ def resume(given: dict[str, Any]) -> tuple[Experiment, dict[str, Any], dict[str,
         if epochs < done:
             raise ValueError(f"--epochs {epochs}: {done} epochs are finished already")
     settings |= {name: value for name, value in given.items() if name in {"epochs", *PLACE}}
+    if dry_run:
+        return experiment, settings, None
     if settings != experiment.settings:
         experiment.update_settings(settings)
     if loaded is None:
@@ -525,26 +557,25 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the flags, make or reopen the folder, train. The exit status: 0, 1 diverged, 128 + n after signal n."""
     given = parse(argv)
     dry_run = given.pop("dry_run", False)
+    output_dir = given.get("output_dir", "experiments")
     if "resume" in given:
-        experiment, settings, state = resume(given)
+        experiment, settings, state = resume(given, dry_run=dry_run)
     else:
-        settings, state = resolve(given), None
-        check_early(settings, given.get("output_dir", "experiments"))
-        if not dry_run:
-            name = given.get("name") or default_name(settings)
-            experiment = Experiment.create(
-                given.get("output_dir", "experiments"),
-                name + given.get("name_extra", ""),
-                settings,
-                exist={"rename": "rename", "stop": "error"}[given.get("if_exists", "rename")],
-                echo=tqdm.write,
-            )
+        experiment, settings, state = None, resolve(given), None
+        check_early(settings, output_dir)
     if dry_run:
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
     signals = Signals()
+    splits = load_splits(settings)
+    generated = open_generated(settings, splits.epoch_size)
+    if experiment is None:
+        name = given.get("name") or default_name(settings)
+        exist = {"rename": "rename", "stop": "error"}[given.get("if_exists", "rename")]
+        name += given.get("name_extra", "")
+        experiment = Experiment.create(output_dir, name, settings, exist=exist, echo=tqdm.write)
     try:
-        train(experiment, settings, state, signals)
+        train(experiment, settings, splits, generated, state, signals)
     except Interrupted as stop:
         experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
         return 128 + stop.args[0]

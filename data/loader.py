@@ -47,11 +47,12 @@ class Loader:
     gather on the whole batch. All randomness is a function of (seed, epoch, step): there is no state to save, and
     `epoch(e, start_step=k)` yields exactly what `epoch(e)` yields from step k on.
 
-    An epoch has ceil(len(train) / batch_size) steps, or `steps_per_epoch` where that is fewer. Without auxiliary data
-    it is one pass over the shuffled training set, with a smaller last batch. With auxiliary data each batch has
-    round(batch_size * auxiliary_fraction) auxiliary rows, drawn uniformly, after those from the shuffled training set.
+    An epoch is one pass over the shuffled training set, in ceil(len(train) / batch_size) steps with a smaller last
+    batch. With auxiliary data, or a `steps_per_epoch` of one's own, every batch is full: round(batch_size *
+    auxiliary_fraction) auxiliary rows, drawn uniformly, after those from the training set, which is shuffled again
+    where it comes to its end.
 
-    Raises ValueError for a batch size below 1, a fraction outside [0,1], and more steps than an epoch has.
+    Raises ValueError for a batch size or number of steps below 1, and a fraction outside [0,1].
     """
 
     def __init__(
@@ -72,9 +73,8 @@ class Loader:
             raise ValueError(f"auxiliary fraction {auxiliary_fraction}: must lie in [0, 1]")
         if len(train.labels) == 0:
             raise ValueError("the training set is empty")
-        full_epoch = math.ceil(len(train.labels) / batch_size)
-        if steps_per_epoch is not None and not 1 <= steps_per_epoch <= full_epoch:
-            raise ValueError(f"steps per epoch {steps_per_epoch}: must lie in [1, {full_epoch}]")
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"steps per epoch {steps_per_epoch}: must be at least 1")
         self.images = train.images.to(device)
         self.labels = train.labels.to(device)
         self.seed = seed
@@ -82,7 +82,9 @@ class Loader:
         self.auxiliary = auxiliary
         self.auxiliary_rows = round(batch_size * auxiliary_fraction) if auxiliary is not None else 0
         self.train_rows = batch_size - self.auxiliary_rows
-        self.steps = full_epoch if steps_per_epoch is None else steps_per_epoch
+        self.steps = steps_per_epoch or math.ceil(len(train.labels) / batch_size)
+        full_batches = auxiliary is not None or steps_per_epoch is not None
+        self.passes = max(1, math.ceil(self.steps * self.train_rows / len(train.labels))) if full_batches else 1
         self.device = torch.device(device)
 
     def __len__(self) -> int:
@@ -91,7 +93,8 @@ class Loader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of epoch number `epoch`, from step `start_step` on."""
-        order = random_generator(self.seed, "order", epoch).permutation(len(self.labels))
+        generators = (random_generator(self.seed, "order", epoch, i) for i in range(self.passes))
+        order = np.concatenate([generator.permutation(len(self.labels)) for generator in generators])
         for step in range(start_step, self.steps):
             yield self._batch(
                 order[step * self.train_rows : (step + 1) * self.train_rows],

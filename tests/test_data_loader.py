@@ -127,9 +127,19 @@ def test_auxiliary_data_takes_its_share_of_every_batch_and_training_data_the_res
     assert batches_equal(loader.epoch(7, start_step=3), list(loader.epoch(7))[3:])
 
 
-def test_steps_per_epoch_cuts_an_epoch_short():
+def test_steps_per_epoch_cuts_an_epoch_short_or_shuffles_again_and_goes_on():
     loader = Loader(random_split(50), 16, seed=0, steps_per_epoch=2)
     assert len(loader) == len(list(loader.epoch(0))) == 2
+    # 12 steps of 10 images, of which 4 are auxiliary: 72 of 30 training images, so twice each and 12 of them once more.
+    auxiliary = ListedAuxiliary(numbered_split(40, start=100))
+    loader = Loader(numbered_split(30), 10, seed=0, auxiliary=auxiliary, auxiliary_fraction=0.4, steps_per_epoch=12)
+    labels = [y for _, y in loader.epoch(3)]
+    assert len(labels) == 12 and all(len(y) == 10 and (y >= 100).sum() == 4 for y in labels)
+    from_train = torch.cat([y[y < 100] for y in labels])
+    passes = from_train.split(30)
+    assert [len(p.unique()) for p in passes] == [len(p) for p in passes] == [30, 30, 12]
+    assert not torch.equal(passes[0], passes[1])
+    assert batches_equal(loader.epoch(3, start_step=7), list(loader.epoch(3))[7:])
 
 
 @pytest.mark.parametrize(
@@ -138,7 +148,7 @@ def test_steps_per_epoch_cuts_an_epoch_short():
         ({"batch_size": 0}, "batch size 0"),
         ({"auxiliary_fraction": 1.1}, "auxiliary fraction 1.1"),
         ({"auxiliary_fraction": float("nan")}, "auxiliary fraction nan"),
-        ({"steps_per_epoch": 4}, r"steps per epoch 4: must lie in \[1, 3\]"),
+        ({"steps_per_epoch": 0}, "steps per epoch 0: must be at least 1"),
     ],
 )
 def test_loader_refuses_settings_out_of_range(settings, message):
