@@ -16,10 +16,8 @@ from dyart.projection import Norm, lookup_norm
 
 # Examples with a smaller Φ count as misclassified: they have no margin (Xu et al., 2023, released recipe).
 CORRECT_ABOVE = 1e-9
-FAB_MIX = 0.1
-MIX = 0.1
-OVERSHOOT = 1.05
-STEP_BACK = 0.9
+# Share of its length that the fast search adds to its first move, to end beyond the boundary.
+OVERSHOOT = 0.04
 # Bound on 1 / ‖∇_x Φ‖_q. It acts only where the logit margin changes by less than 0.001 over the whole unit box.
 MAX_GRADIENT_WEIGHT = 1e3
 
@@ -49,7 +47,7 @@ class Boundary(NamedTuple):
 
 
 def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """φ = z_y − max_{k≠y} z_k, from logits (n, C) and labels (n,) int64; positive where the prediction is right. (n,)"""
+    """φ = z_y − max_{k≠y} z_k (n,) of logits (n, C) and labels (n,) int64: positive where the prediction is right."""
     true = logits.gather(1, labels[:, None])[:, 0]
     return true - _without_label(logits, labels).amax(1)
 
@@ -200,45 +198,39 @@ def _start(origin: Tensor, norm: Norm, init_radius: float, generator: torch.Gene
     return (origin + noise).clamp_(0, 1)
 
 
-def _approach(
-    x: Tensor, base: Tensor, at: Tensor, value: Tensor, grad: Tensor, norm: Norm, max_mix: float, overshoot: float
-) -> Tensor:
-    """The next iterate: where `base` and x meet the boundary linearized at `at`, mixed in favour of the closer one."""
-    from_base = norm.project(base, grad, -value - (grad * (base - at)).sum(1))
-    from_x = norm.project(x, grad, -value - (grad * (x - at)).sum(1))
-    length, length_x = norm.length(from_base), norm.length(from_x)
-    mix = (length / (length + length_x).clamp_min(torch.finfo(x.dtype).tiny)).clamp_max(max_mix)[:, None]
-    return ((1 - mix) * (base + overshoot * from_base) + mix * (x + overshoot * from_x)).clamp_(0, 1)
-
-
 def _search_fab(
     linearize: Callable,
     evaluate: Callable,
-    origin: Tensor,
+    x: Tensor,
     norm: Norm,
     steps: int,
     init_radius: float,
     generator: torch.Generator | None,
 ) -> _Nearest:
-    """The released recipe (spec of `--search fab`): noise at the start and two passes per step.
+    """The released recipe: noise at the start and two passes through the network per step.
 
-    After each step, a forward and backward pass at the next iterate costs as much again as the forward pass that tells
-    on which side the step has ended, and a last pass takes the gradient at the point found.
+    Each step meets the linearized boundary from the iterate and from x, and mixes the two points per example in favour
+    of the shorter move. A forward pass tells on which side the step has ended, and one more forward and backward pass
+    serves the next step; a last one takes the gradient at the points found.
     """
-    value = evaluate(origin, slice(None))
+    value = evaluate(x, slice(None))
     correct = value > CORRECT_ABOVE
     distance = torch.full_like(value, math.inf)
-    best = origin
-    at = _start(origin, norm, init_radius, generator)
+    best = x
+    at = _start(x, norm, init_radius, generator)
     for _ in range(steps):
         value, grad = linearize(at, slice(None))
-        at = _approach(origin, at, at, value, grad, norm, FAB_MIX, OVERSHOOT)
+        move = norm.project(at, grad, -value)
+        move_x = norm.project(x, grad, -value - (grad * (x - at)).sum(1))
+        length, length_x = norm.length(move), norm.length(move_x)
+        mix = (length / (length + length_x).clamp_min(_tiny(x))).clamp_max(0.1)[:, None]
+        at = ((1 - mix) * (at + 1.05 * move) + mix * (x + 1.05 * move_x)).clamp_(0, 1)
         crossed = evaluate(at, slice(None)) < 0
-        reached = norm.length(at - origin)
+        reached = norm.length(at - x)
         closer = correct & crossed & (reached < distance)
         distance = torch.where(closer, reached, distance)
         best = torch.where(closer[:, None], at, best)
-        at = torch.where(crossed[:, None], origin + STEP_BACK * (at - origin), at)
+        at = torch.where(crossed[:, None], x + 0.9 * (at - x), at)
     return _Nearest(best, distance, *linearize(best, slice(None)))
 
 
@@ -251,29 +243,46 @@ def _search_fast(
     init_radius: float,
     generator: torch.Generator | None,
 ) -> _Nearest:
-    """FAB with one pass per step: Φ at the point reached and the gradient that the next step needs come together.
+    """One pass per step: Φ at the point reached, and its gradient for the next step, for the filter and the weights.
 
-    A point beyond the boundary is recorded before it is stepped back towards x; the step back keeps the linearization
-    of the point itself. On the CPU only the correctly classified rows are searched; on an accelerator all rows are, so
-    that shapes are fixed and nothing waits for the device.
+    Each step averages the gradients met so far, in favour of the latest; takes the shortest move from x along that
+    average onto the linearized boundary; mixes it into the move so far with a weight that falls linearly from 1, as in
+    the Frank-Wolfe method; and scales the mixture onto the linearized boundary of the latest point. What it then adds,
+    to end beyond the boundary, falls likewise.
+
+    On the CPU only the correctly classified rows are searched; on an accelerator all rows are, so that shapes are fixed
+    and nothing waits for the device.
     """
+    start = _start(origin, norm, init_radius, generator)
     value, grad = linearize(origin, slice(None))
     correct = value > CORRECT_ABOVE
     everywhere = _Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
     rows = correct.nonzero()[:, 0] if origin.device.type == "cpu" else slice(None)
-    x, correct = origin[rows], correct[rows]
     nearest = _Nearest(*(field[rows] for field in everywhere))
-    base = at = x
-    value, grad = value[rows], grad[rows]
-    for _ in range(steps):
-        at = _approach(x, base, at, value, grad, norm, MIX, OVERSHOOT)
+    x, correct = origin[rows], correct[rows]
+    move = start[rows] - x
+    value, grad = (value[rows], grad[rows]) if init_radius == 0 else linearize(start[rows], rows)
+    normal = 0
+    for step in range(steps):
+        left = 1 - step / steps
+        steepness = norm.dual(grad).clamp_min(_tiny(x))
+        unit = grad / steepness[:, None]
+        normal = unit if step == 0 else (normal + unit) / 2
+        gain = (unit * move).sum(1) - value / steepness
+        move = (1 - left) * move + left * norm.project(x, normal, gain)
+        onto = (gain / (unit * move).sum(1)).nan_to_num(nan=1.0).clamp(0.5, 2)
+        beyond = OVERSHOOT * left * torch.where(nearest.distance.isfinite(), 1, 3)
+        at = (x + ((1 + beyond) * onto)[:, None] * move).clamp_(0, 1)
+        move = at - x
         value, grad = linearize(at, rows)
-        crossed = value < 0
-        nearest = nearest.update(correct & crossed, at, norm.length(at - x), value, grad)
-        base = torch.where(crossed[:, None], x + STEP_BACK * (at - x), at)
+        nearest = nearest.update(correct & (value < 0), at, norm.length(move), value, grad)
     for field, part in zip(everywhere, nearest, strict=True):
         field[rows] = part
     return everywhere
+
+
+def _tiny(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny
 
 
 def is_locally_closest(x: Tensor, boundary: Boundary, norm: str = "Linf") -> Tensor:
@@ -332,6 +341,6 @@ def margin_gradient_weights(boundary: Boundary, norm: str = "Linf") -> Tensor:
 
 SEARCHES = {
     # search: (function, default steps, default init_radius)
-    "fast": (_search_fast, 5, 0.0),
+    "fast": (_search_fast, 6, 0.0),
     "fab": (_search_fab, 20, 8 / 255),
 }
