@@ -17,8 +17,7 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from fractions import Fraction
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +33,8 @@ from tqdm import tqdm
 import flags
 from data import DATASETS, DEFAULT_DATA_DIR, Split, load_data, to_input
 from dyart.experiment import Experiment, ExperimentError, check_settings, load_checkpoint, read_json, write_json
-from models import create_model
 from models.weights import load_weights
+from settings import build_model, dataset_name
 
 CUSTOM = ["apgd-ce", "apgd-t", "fab-t"]
 VERSIONS = {"standard": [*CUSTOM, "square"], "custom": CUSTOM}
@@ -53,46 +52,31 @@ def build_parser() -> flags.Parser:
     """The flags of eval.py."""
     p = flags.Parser(prog="eval.py", description=__doc__.splitlines()[0])
     p.add_argument("target", metavar="FOLDER|FILE", nargs="?", help="an experiment folder, or a bare checkpoint file")
-    p.add_argument("--fname_input", metavar="FOLDER|FILE", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    p.add_argument("--fname_input", dest="target_flag", default=None, help=argparse.SUPPRESS)
 
+    positive = flags.whole(least=1)
     g = p.add_argument_group("what is evaluated")
-    g.add_argument("--checkpoint", metavar="NAME", nargs="+", default=["best.pt"], help="files of the folder")
+    g.add_argument("--checkpoint", metavar="NAME", nargs="+", default=None, help="files of the folder (best.pt)")
     g.add_argument("--weights", choices=list(WEIGHTS), default="average", help="of a file that holds both")
-    g.add_argument(
-        "--n", type=flags.optional(flags.whole(least=1)), default=None, help="first N test images; none: all"
-    )
-    g.add_argument(
-        "--data-dir", default=None, help=f"where prepared datasets lie (as in training, or {DEFAULT_DATA_DIR})"
-    )
+    g.add_argument("--n", type=flags.optional(positive), default=None, help="the first N test images; none takes all")
+    g.add_argument("--data-dir", default=None, help="where prepared datasets lie (where training took them from)")
 
     g = p.add_argument_group("the attack")
-    g.add_argument(
-        "--eps", "--eps_eval", nargs="+", default=["8"], help="radii: in 1/255 for Linf, absolute for L2; or fractions"
-    )
+    g.add_argument("--eps", "--eps_eval", nargs="+", default=["8"], help="in 1/255 for Linf, as it is for L2; or a/b")
     g.add_argument("--norm", "--norm_attack", choices=["Linf", "L2"], default="Linf", help="of the perturbation")
     g.add_argument("--version", "-v", choices=list(VERSIONS), default="standard", help="custom leaves Square out")
-    g.add_argument(
-        "--batch-size", "--batch_size_for_eval", type=flags.whole(least=1), default=250, help="images a batch"
-    )
+    g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    flags.add_switch(g, "--again", default=False, help="also what is finished; its record is replaced")
+    flags.add_switch(g, "--again", default=False, help="evaluate also what is finished, and replace its record")
     flags.add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
-    g = p.add_argument_group("for a file without settings in it (those of others)")
+    g = p.add_argument_group("for a file without settings in it, as others write them")
     g.add_argument("--model", default=None, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD")
     g.add_argument("--dataset", "--data", type=dataset_name, default=None, help=", ".join(DATASETS) + " (cifar10)")
     flags.add_switch(g, "--group-norm", "--GroupNorm", default=None, help="GroupNorm in the place of BatchNorm")
     flags.add_switch(g, "--normalize", default=None, help="normalize inside the model; the Swish models always do")
     return p
-
-
-def dataset_name(text: str) -> str:
-    """A dataset's name; the released code's `cifar10s` is cifar10 that may take generated data."""
-    name = {"cifar10s": "cifar10", "cifar100s": "cifar100"}.get(text, text)
-    if name not in DATASETS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DATASETS)}")
-    return name
 
 
 class Radius(NamedTuple):
@@ -105,31 +89,23 @@ class Radius(NamedTuple):
 def parse_eps(text: str, norm: str) -> Radius:
     """ε from a flag: for Linf a number in 1/255 ("8") or a fraction ("8/255"), for L2 the value itself.
 
-    Raises ValueError for what is no number, ε <= 0, and for Linf beyond 1 or so small that 1/255 cannot be meant.
+    Raises ValueError for what is no number, ε <= 0, and for Linf above 1 or so small that 1/255 cannot be meant.
     """
-    unit = 255 if norm == "Linf" and "/" not in text else 1
-    accepted = (
-        "above 0 and at most 255, in 1/255, or a fraction like 8/255" if norm == "Linf" else "above 0, or a fraction"
-    )
     try:
-        value = Fraction(text.strip()) / unit
-    except (ValueError, ZeroDivisionError):
-        value = Fraction(0)
-    if not (value > 0 and (norm == "L2" or value <= 1) and float(value) < float("inf")):
-        raise ValueError(f"--eps {text}: accepted for {norm} is a number {accepted}")
-    if norm == "Linf" and value * 255 < Fraction(1, 10):
-        raise ValueError(f"--eps {text} would be {text}/255; write a fraction of the pixels' range as 8/255")
-    return Radius(float(value), f"{float(value * 255):g}/255" if norm == "Linf" else f"{float(value):g}")
-
-
-def parse_device(text: str) -> torch.device:
-    """The device of a flag, where it is one that this machine has. Raises ValueError otherwise."""
-    try:
-        device = torch.device(text)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {text}: not available here ({str(error).splitlines()[0]})") from error
-    return device
+        value = flags.number(above=0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--eps: {error}, or a fraction like 8/255") from None
+    if norm == "L2":
+        return Radius(value, f"{value:g}")
+    if "/" not in text:
+        if value < 0.1:
+            raise ValueError(
+                f"--eps {text}: for Linf this means {text}/255; if it is a share of 1, write {255 * value:g}"
+            )
+        value /= 255
+    if value > 1:
+        raise ValueError(f"--eps {text}: for Linf at most 255, which means 255/255, is accepted")
+    return Radius(value, f"{255 * value:g}/255")
 
 
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
@@ -140,7 +116,7 @@ class Candidate(NamedTuple):
 
     model: nn.Module
     identity: dict[str, Any]
-    data_dir: str | None
+    data_dir: Any  # what its settings say of where the training data was
 
 
 def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Callable[[str], Any]) -> Candidate:
@@ -154,15 +130,7 @@ def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Call
     settings = model_settings(state, path, given)
     kind, state_dict = pick_weights(state, weights, path)
 
-    info = DATASETS[settings["dataset"]]
-    model = create_model(
-        settings["model"],
-        info.num_classes,
-        mean=info.mean,
-        std=info.std,
-        normalize=settings["normalize"],
-        group_norm=settings["group_norm"],
-    )
+    model = build_model({**settings, "channels_last": False})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_weights(model, state_dict, str(path))
@@ -170,7 +138,7 @@ def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Call
         log(f"warning: {warning.message}")
     model.eval().requires_grad_(False)
     identity = {**settings, "checkpoint": path.name, "sha256": digest, "weights": kind}
-    return Candidate(model, identity, state["settings"].get("data_dir") if "settings" in state else None)
+    return Candidate(model, identity, state.get("settings", {}).get("data_dir"))
 
 
 def sha256(path: Path) -> str:
@@ -186,9 +154,7 @@ def model_settings(state: Mapping[str, Any], path: Path, given: Mapping[str, Any
     """The settings that make a checkpoint's model and choose its data: its own, or where it has none the flags'."""
     if "settings" not in state:
         if given["model"] is None:
-            raise ValueError(
-                f"{path} has no settings in it: --model, and where not cifar10 --dataset, must say what it is"
-            )
+            raise ValueError(f"{path} has no settings in it: say what it is with --model (and --dataset, --normalize)")
         defaults = {"dataset": "cifar10", "group_norm": False, "normalize": False}
         return {name: defaults[name] if given[name] is None else given[name] for name in MODEL_SETTINGS}
     if not isinstance(state["settings"], Mapping):
@@ -216,68 +182,79 @@ def pick_weights(state: Mapping[str, Any], wanted: str, path: Path) -> tuple[str
     return wanted, state[held[wanted]]
 
 
+def load_test(candidate: Candidate, data_dir: str | None) -> Split:
+    """The test set of a checkpoint: below `data_dir`, or where it was trained from if that is there."""
+    if data_dir is None:
+        trained_from = candidate.data_dir
+        data_dir = trained_from if isinstance(trained_from, str) and Path(trained_from).is_dir() else DEFAULT_DATA_DIR
+    return load_data(candidate.identity["dataset"], data_dir)[1]
+
+
 # --- Results ----------------------------------------------------------------------------------------------------------
+
+IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
+IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
+
+
+def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a record that say what was evaluated, and how; all others are what came out."""
+    return {name: record[name] for name in IDENTITY}
 
 
 class Results:
     """autoattack.json and what is unfinished, in a folder or beside a file: PREFIX.json and PREFIX.unfinished.json.
 
-    Both hold a list of records, whose identity is that of their checkpoint, data and attack. They are replaced as a
-    whole, so that a crash leaves the old or the new ones. For one process at a time.
+    Both hold a list of records. They are replaced as a whole, so that a crash leaves the old or the new ones. For one
+    process at a time.
     """
 
     def __init__(self, prefix: Path):
         self.path = prefix.with_name(f"{prefix.name}.json")
         self.unfinished_path = prefix.with_name(f"{prefix.name}.unfinished.json")
-        self.records = self._read(self.path)
+        self.records = self._read(self.path, ["test_size", "clean_accuracy", "robust_accuracy", "date"])
+        unfinished = self._read(self.unfinished_path, ["date"])
         # A crash between the writing of a record and the removal of its progress leaves both.
-        finished = [(_identity(record), record.get("date")) for record in self.records]
-        unfinished = self._read(self.unfinished_path)
-        self._unfinished = [record for record in unfinished if (_identity(record), record.get("date")) not in finished]
+        finished = [(identity_of(record), record["date"]) for record in self.records]
+        self._unfinished = [record for record in unfinished if (identity_of(record), record["date"]) not in finished]
 
     @staticmethod
-    def _read(path: Path) -> list[dict[str, Any]]:
+    def _read(path: Path, needed: list[str]) -> list[dict[str, Any]]:
         records = read_json(path) if path.exists() else []
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise ExperimentError(f"{path}: not a list of records")
+        for name in [*IDENTITY, *needed]:
+            if not all(name in record for record in records):
+                raise ExperimentError(f"{path}: a record without {name!r}; move the file away to start a new one")
         return records
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The finished record of `identity`, or None."""
-        return next((record for record in self.records if _identity(record) == identity), None)
+        return next((record for record in self.records if identity_of(record) == identity), None)
 
     def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The record of `identity` as an interrupted evaluation left it, or None."""
-        return next((record for record in self._unfinished if _identity(record) == identity), None)
+        return next((record for record in self._unfinished if identity_of(record) == identity), None)
 
     def save(self, record: dict[str, Any]) -> None:
         """Keep an unfinished record."""
 
         def is_current(other: dict[str, Any]) -> bool:
-            replaced = other.get("checkpoint") == record["checkpoint"] and other.get("sha256") != record["sha256"]
-            return not replaced and _identity(other) != _identity(record)
+            replaced = other["checkpoint"] == record["checkpoint"] and other["sha256"] != record["sha256"]
+            return not replaced and identity_of(other) != identity_of(record)
 
         self._unfinished = [*filter(is_current, self._unfinished), record]
         write_json(self.unfinished_path, self._unfinished)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Add a finished record, in the place of an earlier one of the same identity."""
-        others = [other for other in self.records if _identity(other) != _identity(record)]
+        others = [other for other in self.records if identity_of(other) != identity_of(record)]
         write_json(self.path, [*others, record])
         self.records = [*others, record]
-        self._unfinished = [other for other in self._unfinished if _identity(other) != _identity(record)]
+        self._unfinished = [other for other in self._unfinished if identity_of(other) != identity_of(record)]
         if self._unfinished:
             write_json(self.unfinished_path, self._unfinished)
         else:
             self.unfinished_path.unlink(missing_ok=True)
-
-
-IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
-IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
-
-
-def _identity(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record.get(name) for name in IDENTITY}
 
 
 # --- AutoAttack -------------------------------------------------------------------------------------------------------
@@ -297,7 +274,7 @@ def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int, num_classe
 
 
 def evaluate(
-    candidate: Candidate,
+    model: nn.Module,
     test: Split,
     identity: dict[str, Any],
     results: Results,
@@ -313,7 +290,7 @@ def evaluate(
     """
     n, batch_size, attacks = identity["n"], identity["batch_size"], VERSIONS[identity["version"]]
     name = f"{identity['checkpoint']} {identity['norm']} {identity['eps_text']}"
-    model = candidate.model.to(device)
+    model = model.to(device)
     environment = {"device": device_name(device), "versions": versions()}
 
     def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,18 +304,15 @@ def evaluate(
         correct = torch.cat([_is_correct(model, *batch(rows)) for rows in torch.arange(n).split(batch_size)])
         record = {**identity, "test_size": len(test.labels), "clean_accuracy": correct.sum().item() / n}
         record |= {"robust_accuracy_after": {}, "seconds": {}, "warnings": [], **environment}
-        record |= {
-            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "robust": _flags_to_text(correct),
-            "batches": 0,
-            "broken": [],
-        }
+        record |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_progress(correct)}
         results.save(record)
         log(f"{name}: clean accuracy {record['clean_accuracy']:.2%} of {n} images")
     else:
         check_progress(record, results)
-        done = ", ".join(record["robust_accuracy_after"]) or "the clean images"
-        log(f"{name}: going on after {done}" + f" and {record['batches']} batches" * (record["batches"] > 0))
+        last = ([f"batch {record['batches']} of an attack"] if record["batches"] else []) or list(
+            record["robust_accuracy_after"]
+        )
+        log(f"{name}: interrupted before, going on after {(last or ['the clean images'])[-1]}")
 
     attacker = autoattack(
         model,
@@ -351,13 +325,15 @@ def evaluate(
     for attack in attacks:
         if attack in record["robust_accuracy_after"]:
             continue
-        robust = _flags_from_text(record["robust"])
+        robust = torch.tensor([flag == "1" for flag in record["robust"]])
         standing = robust.nonzero().flatten()
         batches = standing.split(batch_size) if len(standing) else ()
         attacker.attacks_to_run = [attack]
         record["seconds"].setdefault(attack, 0.0)
-        bar = tqdm(total=len(batches), initial=record["batches"], desc=f"{name} {attack}", unit="batch", leave=False)
-        with bar, _warnings(record, attacker.logger, log):
+        with (
+            _bar(f"{name} {attack}", batches, record["batches"], model) as bar,
+            _warnings(record, attacker.logger, log),
+        ):
             for rows in batches[record["batches"] :]:
                 bar.set_postfix_str(f"robust {(robust.sum().item() - len(record['broken'])) / n:.2%}")
                 started = time.monotonic()
@@ -370,7 +346,7 @@ def evaluate(
                 bar.update()
         robust[record["broken"]] = False
         accuracy = robust.sum().item() / n
-        record |= {"robust": _flags_to_text(robust), "batches": 0, "broken": []}
+        record |= _progress(robust)
         record["robust_accuracy_after"][attack] = accuracy
         if attack != attacks[-1]:
             results.save(record)
@@ -378,7 +354,7 @@ def evaluate(
 
     with _warnings(record, attacker.logger, log):
         check_square_sr({"clean": record["clean_accuracy"], **record["robust_accuracy_after"]}, logger=attacker.logger)
-    record = {key: value for key, value in record.items() if key not in ("robust", "batches", "broken")}
+    record = {key: value for key, value in record.items() if key not in _progress(robust)}
     record["robust_accuracy"] = record["robust_accuracy_after"][attacks[-1]]
     results.finish(record)
     return record
@@ -404,12 +380,25 @@ def check_progress(record: Mapping[str, Any], results: Results) -> None:
         raise ExperimentError(f"{results.unfinished_path}: damaged; remove it to start the evaluation again")
 
 
-def _flags_to_text(flags_: Tensor) -> str:
-    return "".join("01"[flag] for flag in flags_.tolist())
+def _progress(robust: Tensor) -> dict[str, Any]:
+    """What a record holds besides the figures until it is finished, here between two attacks.
+
+    robust: for each image, whether it withstood the attacks before; batches: how many the attack under way has done;
+    broken: the images that it has found an adversarial example for.
+    """
+    return {"robust": "".join("01"[flag] for flag in robust.tolist()), "batches": 0, "broken": []}
 
 
-def _flags_from_text(text: str) -> Tensor:
-    return torch.tensor([character == "1" for character in text])
+@contextlib.contextmanager
+def _bar(name: str, batches: Sequence[Tensor], done: int, model: nn.Module) -> Iterator[tqdm]:
+    """A progress bar over batches. Each can take minutes, so every pass through the model keeps the clock going."""
+    with tqdm(total=len(batches), initial=done, desc=name, unit="batch", leave=False, miniters=0, mininterval=1) as bar:
+
+        def tick(*_: Any) -> None:
+            bar.update(0)
+
+        with model.register_forward_hook(tick):
+            yield bar
 
 
 @contextlib.contextmanager
@@ -457,92 +446,99 @@ class Place(NamedTuple):
     """Where an evaluation's checkpoints lie, and where its results go."""
 
     checkpoints: list[Path]
-    results: Path
+    results: Results
     log: Callable[[str], Any]
 
 
 @contextlib.contextmanager
-def open_place(target: Path, checkpoints: list[str]) -> Iterator[Place]:
-    """The folder or file to evaluate, locked against a second evaluation. Raises ExperimentError."""
+def open_place(target: Path, names: list[str] | None) -> Iterator[Place]:
+    """The folder or file to evaluate, locked against a second evaluation; a folder's file stands for its folder.
+
+    names: the folder's checkpoints, by default best.pt. Raises ValueError or OSError.
+    """
+    if target.is_file() and names is not None:
+        raise ValueError(f"--checkpoint {names[0]}: {target} is a checkpoint itself, not an experiment folder")
     if target.is_file() and (target.parent / "args.yaml").exists():
-        target, checkpoints = target.parent, [target.name]
-    if not target.is_file():
-        with Experiment.open(target, lock="eval", echo=tqdm.write) as experiment:
-            paths = [target / (name if name.endswith(".pt") else f"{name}.pt") for name in checkpoints]
-            yield Place(paths, target / "autoattack", experiment.log)
+        target, names = target.parent, [target.name]
+    if target.is_file():
+        with _open_file(target) as place:
+            yield place
         return
+    with Experiment.open(target, lock="eval", echo=tqdm.write) as experiment:
+        names = [name if name.endswith(".pt") else f"{name}.pt" for name in names or ["best.pt"]]
+        there = sorted(path.name for path in target.glob("*.pt"))
+        for name in names:
+            if name not in there:
+                raise ValueError(f"--checkpoint {name}: {target} has {', '.join(there) or 'no checkpoints'}")
+        paths = [target / name for name in dict.fromkeys(names)]
+        yield Place(paths, Results(target / "autoattack"), experiment.log)
+
+
+@contextlib.contextmanager
+def _open_file(path: Path) -> Iterator[Place]:
+    flags.check_writable(path.parent, "results are written beside")
 
     def log(message: str) -> None:
         tqdm.write(message)
-        with open(f"{target}.eval.log", "a") as file:
+        with open(f"{path}.eval.log", "a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
-    with open(target, "rb") as file:
+    with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ExperimentError(f"{target} is in use: another process evaluates it") from None
-        yield Place([target], target.with_name(f"{target.name}.autoattack"), log)
+            raise ExperimentError(f"{path} is in use: another process evaluates it") from None
+        yield Place([path], Results(path.with_name(f"{path.name}.autoattack")), log)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Evaluate what the flags say. Raises ValueError or OSError, in one line, for what is wrong with them."""
     parser = build_parser()
-    args = parser.parse_args(argv)
-    target = getattr(args, "fname_input", args.target)
-    if target is None or (hasattr(args, "fname_input") and args.target is not None):
-        parser.error("expected one FOLDER or FILE to evaluate")
-    radii = list(dict.fromkeys(parse_eps(text, args.norm) for text in args.eps))
-    if args.dry_run:
-        settings = {"target": target, **{key: value for key, value in vars(args).items() if key != "fname_input"}}
-        settings |= {"target": target, "eps": [radius.text for radius in radii], "attacks": VERSIONS[args.version]}
+    args = vars(parser.parse_args(argv))
+    targets = [text for text in (args.pop("target_flag"), args.pop("target")) if text is not None]
+    if len(targets) != 1:
+        parser.error("expected one FOLDER or FILE, before the flags that take several values")
+    radii = list(dict.fromkeys(parse_eps(text, args["norm"]) for text in args["eps"]))
+    again = args.pop("again")
+    if args.pop("dry_run"):
+        texts = [radius.text for radius in radii]
+        settings = {"target": targets[0], **args, "eps": texts, "attacks": VERSIONS[args["version"]]}
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
 
-    device = parse_device(args.device)
-    given = {name: getattr(args, name) for name in MODEL_SETTINGS}
-    with open_place(Path(target), args.checkpoint) as place:
-        results = Results(place.results)
-        candidates = [load_candidate(path, args.weights, given, place.log) for path in place.checkpoints]
-        tests = [load_test(candidate, args.data_dir) for candidate in candidates]
+    device = flags.device(args["device"])
+    # The same figures again on the same machine, and logits in float32 where a GPU would round to TF32.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    given = {name: args[name] for name in MODEL_SETTINGS}
+    with open_place(Path(targets[0]), args["checkpoint"]) as (paths, results, log):
+        candidates = [load_candidate(path, args["weights"], given, log) for path in paths]
+        tests = [load_test(candidate, args["data_dir"]) for candidate in candidates]
         for test in tests:
-            if args.n is not None and args.n > len(test.labels):
-                raise ValueError(f"--n {args.n}: the test set has {len(test.labels)} images")
-        for candidate, test in zip(candidates, tests, strict=True):
-            for radius in radii:
-                attack = {"norm": args.norm, "eps": radius.eps, "eps_text": radius.text, "version": args.version}
-                attack |= {"n": args.n or len(test.labels), "seed": args.seed, "batch_size": args.batch_size}
-                evaluate_once(candidate, test, attack, results, device, place.log, again=args.again)
-        place.log(f"results in {results.path}")
+            if args["n"] is not None and args["n"] > len(test.labels):
+                raise ValueError(f"--n {args['n']}: the test set has {len(test.labels)} images")
+        try:
+            for candidate, test in zip(candidates, tests, strict=True):
+                for eps, text in radii:
+                    attack = {"norm": args["norm"], "eps": eps, "eps_text": text, "version": args["version"]}
+                    attack |= {"n": args["n"] or len(test.labels), "seed": args["seed"]}
+                    identity = {**candidate.identity, **attack, "batch_size": args["batch_size"]}
+                    record = None if again else results.finished(identity)
+                    known = "" if record is None else ", as evaluated before (--again to do it again)"
+                    record = record or evaluate(candidate.model, test, identity, results, device, log)
+                    log(summary(record) + known)
+        except KeyboardInterrupt:
+            log("interrupted; the same command goes on after the last finished batch")
+            return 130
+        log(f"results in {results.path}")
     return 0
 
 
-def load_test(candidate: Candidate, data_dir: str | None) -> Split:
-    """The test set of a checkpoint: below `data_dir`, or where it was trained from if that is there."""
-    if data_dir is None and candidate.data_dir is not None and Path(candidate.data_dir).is_dir():
-        data_dir = candidate.data_dir
-    return load_data(candidate.identity["dataset"], DEFAULT_DATA_DIR if data_dir is None else data_dir)[1]
-
-
-def evaluate_once(
-    candidate: Candidate,
-    test: Split,
-    attack: dict[str, Any],
-    results: Results,
-    device: torch.device,
-    log: Callable[[str], Any],
-    *,
-    again: bool,
-) -> None:
-    """Evaluate one checkpoint under one attack unless its record is there, and log what came out."""
-    identity = {**candidate.identity, **attack}
-    record = None if again else results.finished(identity)
-    known = "" if record is None else f" (already in {results.path}; --again evaluates it again)"
-    record = record or evaluate(candidate, test, identity, results, device, log)
-    log(
-        f"{identity['checkpoint']} ({identity['weights']} weights), {identity['norm']} {identity['eps_text']}, first "
-        f"{identity['n']} of {record['test_size']} test images: clean {record['clean_accuracy']:.2%}, "
-        f"AutoAttack {identity['version']} {record['robust_accuracy']:.2%}{known}"
+def summary(record: Mapping[str, Any]) -> str:
+    """A finished record in one line."""
+    return (
+        f"{record['checkpoint']} ({record['weights']} weights), {record['norm']} {record['eps_text']}, first "
+        f"{record['n']} of {record['test_size']} test images: clean {record['clean_accuracy']:.2%}, "
+        f"AutoAttack {record['version']} {record['robust_accuracy']:.2%}"
     )
 
 
