@@ -1,4 +1,4 @@
-"""Learning-rate schedules by name, all of them PyTorch's own."""
+"""Learning-rate schedules by name, all of them PyTorch's own; the one-cycle ones also cycle momentum (0.95 to 0.85)."""
 
 import math
 from collections.abc import Callable
@@ -11,11 +11,14 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LRScheduler,
 class Schedule(NamedTuple):
     """How a schedule is made from (optimizer, peak lr, epochs, steps an epoch), and when it is stepped.
 
-    `extendable`: the first epochs do not depend on how many follow, so that a finished run can be made longer.
+    every_step: after every optimizer step, and not after every epoch.
+    cycles_momentum: the optimizer's own momentum has no effect.
+    extendable: the first epochs do not depend on how many follow, so that a finished run can be made longer.
     """
 
     make: Callable[[Optimizer, float, int, int], LRScheduler]
     every_step: bool = False
+    cycles_momentum: bool = False
     extendable: bool = False
 
 
@@ -23,12 +26,20 @@ def _constant(optimizer: Optimizer, lr: float, epochs: int, steps: int) -> LRSch
     return ConstantLR(optimizer, factor=1.0, total_iters=0)
 
 
+def _one_cycle(optimizer: Optimizer, lr: float, total: int, warmup: float) -> LRScheduler:
+    # PyTorch's formula has only its end, a rate of nearly 0, for a single step, and divides by 0 where exactly one
+    # step is warm-up.
+    if total == 1:
+        return _constant(optimizer, lr, total, total)
+    return OneCycleLR(optimizer, lr, total_steps=total, pct_start=1.01 * warmup if warmup * total == 1 else warmup)
+
+
 def _one_cycle_by_epoch(optimizer: Optimizer, lr: float, epochs: int, steps: int) -> LRScheduler:
-    return OneCycleLR(optimizer, lr, total_steps=epochs, pct_start=0.025)
+    return _one_cycle(optimizer, lr, epochs, 0.025)
 
 
 def _one_cycle_by_step(optimizer: Optimizer, lr: float, epochs: int, steps: int) -> LRScheduler:
-    return OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.25)
+    return _one_cycle(optimizer, lr, epochs * steps, 0.25)
 
 
 def _step(optimizer: Optimizer, lr: float, epochs: int, steps: int) -> LRScheduler:
@@ -40,9 +51,13 @@ def _cosine(optimizer: Optimizer, lr: float, epochs: int, steps: int) -> LRSched
 
 
 SCHEDULES = {
-    "cosinew": Schedule(_one_cycle_by_epoch),
+    # Over epochs, 2.5 % warm-up and cosine to near zero: the paper's.
+    "cosinew": Schedule(_one_cycle_by_epoch, cycles_momentum=True),
+    # A tenth of the rate from half and again from three quarters of the epochs on.
     "step": Schedule(_step),
+    # From lr to 0, per epoch.
     "cosine": Schedule(_cosine),
-    "cyclic": Schedule(_one_cycle_by_step, every_step=True),
+    # Over steps, 25 % warm-up.
+    "cyclic": Schedule(_one_cycle_by_step, every_step=True, cycles_momentum=True),
     "constant": Schedule(_constant, extendable=True),
 }
