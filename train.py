@@ -29,7 +29,7 @@ import flags
 from data import DATASETS, Loader, Split, balanced_subset, hold_out, load_auxiliary, load_data, to_input
 from dyart.attacks import pgd
 from dyart.averaging import WeightAverage
-from dyart.experiment import Experiment, ExperimentError, load_checkpoint
+from dyart.experiment import Experiment, ExperimentError, Loaded, check_settings, load_checkpoint
 from dyart.losses import LOSSES
 from dyart.schedules import SCHEDULES
 from models.weights import load_weights
@@ -85,15 +85,15 @@ def load_pretrained(model: nn.Module, source: str) -> None:
     load_weights(model, weights, f"--pretrained {path}")
 
 
-class Splits(NamedTuple):
-    """The images of a run, and how many make an epoch with generated data: the held-out ones count, as in the paper."""
+class Data(NamedTuple):
+    """The images of a run, and how a Loader mixes in its generated ones (nothing where it has none)."""
 
     train: Split
     validation: Split
-    epoch_size: int
+    generated: dict[str, Any]
 
 
-def load_splits(settings: dict[str, Any]) -> Splits:
+def load_splits(settings: dict[str, Any]) -> Data:
     """The images that the settings ask for. Raises ValueError where they ask for more than there are."""
     train, _ = load_data(settings["dataset"], settings["data_dir"])
     epoch_size = len(train.labels)
@@ -106,18 +106,15 @@ def load_splits(settings: dict[str, Any]) -> Splits:
     size = settings["validation_size"]
     if size is not None and size > len(validation.labels):
         raise ValueError(f"--validation-size {size}: only {len(validation.labels)} images are held out")
-    return Splits(train, Split(validation.images[:size], validation.labels[:size]), epoch_size)
-
-
-def open_generated(settings: dict[str, Any], epoch_size: int) -> dict[str, Any]:
-    """How a Loader mixes in the generated data that the settings name; nothing where they name none."""
-    if settings["aux_data_filename"] is None:
-        return {}
-    info = DATASETS[settings["dataset"]]
-    shape = (info.image_size, info.image_size, 3)
-    auxiliary = load_auxiliary(settings["aux_data_filename"], image_shape=shape, num_classes=info.num_classes)
-    steps = math.ceil(epoch_size / settings["batch_size"])
-    return {"auxiliary": auxiliary, "auxiliary_fraction": settings["unsup_fraction"], "steps_per_epoch": steps}
+    generated = {}
+    if settings["aux_data_filename"] is not None:
+        info = DATASETS[settings["dataset"]]
+        shape = (info.image_size, info.image_size, 3)
+        auxiliary = load_auxiliary(settings["aux_data_filename"], image_shape=shape, num_classes=info.num_classes)
+        # The held-out images count for the length of an epoch, as in the paper.
+        steps = math.ceil(epoch_size / settings["batch_size"])
+        generated = {"auxiliary": auxiliary, "auxiliary_fraction": settings["unsup_fraction"], "steps_per_epoch": steps}
+    return Data(train, Split(validation.images[:size], validation.labels[:size]), generated)
 
 
 def build_optimizer(model: nn.Module, stage: Stage, settings: dict[str, Any]) -> SGD:
@@ -298,9 +295,11 @@ def peak_memory_mib(device: torch.device) -> float:
 
 @dataclass
 class Run:
-    """What a run is made of while a stage is under way: all that a checkpoint holds."""
+    """What a run is made of while a stage is under way; `checkpoint` holds all of its state."""
 
     settings: dict[str, Any]
+    stage: Stage
+    loader: Loader
     model: nn.Module
     average: WeightAverage
     optimizer: Optimizer
@@ -308,11 +307,11 @@ class Run:
     progress: Progress
     meter: Meter
 
-    def weights(self, stage: Stage, scores: dict[str, float]) -> dict[str, Any]:
+    def weights(self, scores: dict[str, float]) -> dict[str, Any]:
         """A checkpoint to evaluate."""
         weights = {"settings": self.settings, "model": self.model.state_dict()}
         weights["average"] = self.average.model.state_dict()
-        return weights | {"epoch": self.progress.epoch, "stage": stage.name, "validation": scores}
+        return weights | {"epoch": self.progress.epoch, "stage": self.stage.name, "validation": scores}
 
     def checkpoint(self) -> dict[str, Any]:
         """A checkpoint to resume from."""
@@ -328,75 +327,126 @@ class Run:
             "rng": rng_states(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put back what `checkpoint` gave, but for the settings."""
-        load_weights(self.model, state["model"], "the checkpoint's weights")
-        load_weights(self.average.model, state["average"], "the checkpoint's average")
-        self.average.warmup_steps = state["warmup_steps"]
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+    def restore(self, state: dict[str, Any], source: Path) -> None:
+        """Put back what `checkpoint` gave, but for the settings. Raises ValueError for what does not fit this run."""
+        load_weights(self.model, state.get("model"), f"{source}: model")
+        load_weights(self.average.model, state.get("average"), f"{source}: average")
+        check_state(state.get("progress"), vars(self.progress), f"{source}: progress")
+        check_state(state.get("meter"), self.meter.state, f"{source}: meter")
+        check_state(state.get("scheduler"), self.scheduler.state_dict(), f"{source}: scheduler", ("last_epoch",))
         self.progress, self.meter = Progress(**state["progress"]), Meter(state["meter"])
-        set_rng_states(state["rng"])
+        try:
+            groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+            for theirs, ours in groups:
+                check_state(theirs, ours, f"{source}: optimizer", ("params", "lr", "momentum", "weight_decay"))
+            self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, values in self.optimizer.state.items():
+                momentum = values.get("momentum_buffer")
+                if momentum is not None and not (momentum.shape == parameter.shape and momentum.isfinite().all()):
+                    raise ValueError(f"a momentum of shape {tuple(momentum.shape)}, or not finite")
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.average.warmup_steps = int(state["warmup_steps"])
+            set_rng_states(state["rng"])
+            if not 0 <= self.progress.step <= len(self.loader):
+                raise ValueError(f"step {self.progress.step} of an epoch of {len(self.loader)}")
+            if not all(type(value) is float for value in [*self.progress.best, *self.meter.state["sums"].values()]):
+                raise TypeError("a figure that is not a number")
+        except ExperimentError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ExperimentError(f"{source}: cannot go on from it ({type(error).__name__}: {error})") from error
+
+    def check_finite(self, experiment: Experiment) -> None:
+        """Raise Diverged where a weight is no number, so that no such checkpoint replaces a good one."""
+        weights = {**self.model.state_dict(), **self.average.model.state_dict()}
+        bad = [name for name, value in weights.items() if not value.isfinite().all()]
+        if bad:
+            where = f"epoch {self.progress.epoch + 1}, batch {self.progress.step}"
+            raise Diverged(f"{bad[0]} is not finite ({where}); {last_good(experiment)}")
 
 
-def train(
-    experiment: Experiment,
-    settings: dict[str, Any],
-    splits: Splits,
-    generated: dict[str, Any],
-    state: dict[str, Any] | None,
-    signals: Signals,
-) -> None:
-    """Run the stages of `settings` in `experiment`, from the start or from the checkpoint `state`.
+def check_state(state: Any, ours: dict[str, Any], source: str, needed: tuple[str, ...] | None = None) -> None:
+    """Hold names and types in a part of a checkpoint against our own. Raises ExperimentError.
 
-    Raises Interrupted after a checkpoint, Diverged, or ValueError and OSError for files that cannot be used.
+    needed: the names that must be there where PyTorch decides on the others, which differ between its versions.
     """
+    if not isinstance(state, dict):
+        raise ExperimentError(f"{source}: expected a dict, got a {type(state).__name__}")
+    if needed is not None:
+        ours = {name: value for name, value in ours.items() if name in state or name in needed}
+        state = {name: value for name, value in state.items() if name in ours}
+    check_settings(state, {name: type(value) for name, value in ours.items()}, source)
+
+
+def last_good(experiment: Experiment) -> str:
+    """Where to go back to, for messages."""
+    latest = experiment.folder / "latest.pt"
+    return f"the last good checkpoint is {latest}" if latest.exists() else "there is no good checkpoint yet"
+
+
+def begin_stage(settings: dict[str, Any], index: int, model: nn.Module, data: Data, progress: Progress) -> Run:
+    """The run at the start of stage number `index`, from the model's weights as they are."""
+    stage = stages_of(settings)[index]
+    device = next(model.parameters()).device
+    mixed_in = {} if stage.name == "burn-in" else data.generated
+    options = {"seed": settings["seed"], "augment": settings["augment"], "device": device, **mixed_in}
+    loader = Loader(data.train, stage.batch_size, **options)
+    # The average copies during the first 2.5 % of all steps.
+    average = WeightAverage(model, tau=settings["tau"], warmup_steps=round(0.025 * stage.epochs * len(loader)))
+    optimizer = build_optimizer(model, stage, settings)
+    scheduler = SCHEDULES[stage.scheduler].make(optimizer, stage.lr, stage.epochs, len(loader))
+    progress.stage = index
+    return Run(settings, stage, loader, model, average, optimizer, scheduler, progress, Meter())
+
+
+def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None) -> Run:
+    """The run at its start, or where a checkpoint left it. Raises ValueError or OSError for what cannot be used."""
     device = flags.device(settings["device"])
     torch.backends.cudnn.deterministic = True
     random.seed(settings["seed"])
+    np.random.seed(settings["seed"] % 2**32)  # noqa: NPY002  (whatever uses the global generator)
     torch.manual_seed(settings["seed"])
 
     model = build_model(settings)
-    if settings["pretrained"] is not None and state is None:
+    if settings["pretrained"] is not None and loaded is None:
         load_pretrained(model, settings["pretrained"])
     model.to(device)
     if settings["compile"]:
         model.compile()
+    if loaded is None:
+        return begin_stage(settings, 0, model, data, Progress())
+    run = begin_stage(settings, loaded.state["progress"]["stage"], model, data, Progress())
+    run.restore(loaded.state, loaded.path)
+    return run
 
-    run = None
-    stages = stages_of(settings)
-    for index, stage in enumerate(stages):
-        if state is not None and index < state["progress"]["stage"]:
-            continue
-        if run is not None:
-            model.load_state_dict(run.average.model.state_dict())
-        mixed_in = {} if stage.name == "burn-in" else generated
-        data = {"seed": settings["seed"], "augment": settings["augment"], "device": device, **mixed_in}
-        loader = Loader(splits.train, stage.batch_size, **data)
-        # The average copies during the first 2.5 % of all steps.
-        average = WeightAverage(model, tau=settings["tau"], warmup_steps=round(0.025 * stage.epochs * len(loader)))
-        optimizer = build_optimizer(model, stage, settings)
-        scheduler = SCHEDULES[stage.scheduler].make(optimizer, stage.lr, stage.epochs, len(loader))
-        progress = Progress() if run is None else run.progress
-        progress.stage = index
-        run = Run(settings, model, average, optimizer, scheduler, progress, Meter())
-        if state is not None:
-            run.restore(state)
-            state = None
 
-        while run.progress.epoch < stage.first + stage.epochs:
+def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> None:
+    """Go through the epochs and stages that are left of a run, writing to `experiment`.
+
+    Raises Interrupted after a checkpoint, Diverged, or ValueError and OSError for files that cannot be written.
+    """
+    settings, stages = run.settings, stages_of(run.settings)
+    while True:
+        last_stage = run.progress.stage == len(stages) - 1
+        while run.progress.epoch < run.stage.first + run.stage.epochs:
             try:
-                train_epoch(run, stage, loader, experiment, signals)
-                scores = validate(run.average.model, splits.validation, settings, signals)
+                train_epoch(run, experiment, signals)
+                scores = validate(run.average.model, data.validation, settings, signals)
             except Interrupted:
+                run.check_finite(experiment)
                 experiment.save_latest(run.checkpoint())
                 raise
-            end_epoch(run, stage, scores, experiment, last_stage=stage is stages[-1])
+            end_epoch(run, scores, experiment, last_stage=last_stage)
+        if last_stage:
+            return
+        run.model.load_state_dict(run.average.model.state_dict())
+        run = begin_stage(settings, run.progress.stage + 1, run.model, data, run.progress)
 
 
-def train_epoch(run: Run, stage: Stage, loader: Loader, experiment: Experiment, signals: Signals) -> None:
+def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
     """Take the steps of an epoch that are still to be taken. Raises Interrupted between two of them, and Diverged."""
-    settings, progress, meter, device = run.settings, run.progress, run.meter, loader.device
+    settings, stage, loader, progress, meter = run.settings, run.stage, run.loader, run.progress, run.meter
+    device = loader.device
     options = loss_options(settings, stage.method)
     generator = torch.Generator(device)
     if stage.method != "clean":
@@ -420,8 +470,12 @@ def train_epoch(run: Run, stage: Stage, loader: Loader, experiment: Experiment, 
             generator.manual_seed(step_seed(settings, stage.first, progress.total_steps))
             running = [buffer.clone() for buffer in run.model.buffers()]
             run.optimizer.zero_grad()
-            # The first step of a run takes the statistics of its batch as they are.
-            with batch_norm_momentum(run.model, None if progress.total_steps else 1.0):
+            # The first step that a run takes has the statistics of its batch as they are.
+            first = progress.total_steps == progress.bad_steps
+            with (
+                batch_norm_momentum(run.model, 1.0 if first else None),
+                anomalies_detected(settings["detect_anomaly"], run),
+            ):
                 with autocast:
                     loss, metrics = LOSSES[stage.method](run.model, x, y, **options)
                 loss.backward()
@@ -441,8 +495,22 @@ def train_epoch(run: Run, stage: Stage, loader: Loader, experiment: Experiment, 
             meter.state["seconds"] = time.monotonic() - started
             signals.check()
             if time.monotonic() - saved > 60 * (settings["checkpoint_minutes"] or math.inf):
+                run.check_finite(experiment)
                 experiment.save_latest(run.checkpoint())
                 saved = time.monotonic()
+
+
+@contextmanager
+def anomalies_detected(enabled: bool, run: Run) -> Iterator[None]:
+    """Let PyTorch print which operation's gradient became NaN, and raise Diverged there."""
+    with torch.autograd.set_detect_anomaly(enabled):
+        try:
+            yield
+        except RuntimeError as error:
+            if not enabled or "returned nan values" not in str(error):
+                raise
+            where = f"epoch {run.progress.epoch + 1}, batch {run.progress.step + 1}"
+            raise Diverged(f"{error} (--detect-anomaly, {where}; the traceback above shows its forward pass)") from None
 
 
 def skip_step(run: Run, running: list[Tensor], loss: float, norm: float, experiment: Experiment) -> None:
@@ -457,14 +525,14 @@ def skip_step(run: Run, running: list[Tensor], loss: float, norm: float, experim
     where = f"epoch {progress.epoch + 1}, batch {progress.step}, lr {rate:.4g}"
     experiment.log(f"skipped a step: loss {loss:.4g}, gradient norm {norm:.4g} ({where})")
     if progress.bad_in_a_row >= MAX_BAD_STEPS:
-        latest = experiment.folder / "latest.pt"
-        good = f"the last good checkpoint is {latest}" if latest.exists() else "there is no good checkpoint yet"
-        raise Diverged(f"loss or gradient not finite in {MAX_BAD_STEPS} steps in a row, up to {where}; {good}")
+        problem = f"loss or gradient not finite in {MAX_BAD_STEPS} steps in a row, up to {where}"
+        raise Diverged(f"{problem}; {last_good(experiment)}")
 
 
-def end_epoch(run: Run, stage: Stage, scores: dict[str, float], experiment: Experiment, *, last_stage: bool) -> None:
+def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, last_stage: bool) -> None:
     """Write down a finished epoch: metrics.csv and the log, best.pt and its like, and at last latest.pt."""
-    progress, meter = run.progress, run.meter
+    run.check_finite(experiment)
+    stage, progress, meter = run.stage, run.progress, run.meter
     progress.epoch += 1
     progress.step = 0
     row = {"epoch": progress.epoch, "stage": stage.name, "lr": run.optimizer.param_groups[0]["lr"]}
@@ -476,7 +544,7 @@ def end_epoch(run: Run, stage: Stage, scores: dict[str, float], experiment: Expe
     run.meter = Meter()
     experiment.append_metrics(row)
     experiment.log(describe(row))
-    weights = run.weights(stage, scores)
+    weights = run.weights(scores)
     score = [scores["val_robust"], scores["val_clean"]]
     if last_stage and score >= progress.best:
         progress.best = score
@@ -501,47 +569,67 @@ def describe(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def resume(given: dict[str, Any], *, dry_run: bool) -> tuple[Experiment, dict[str, Any], dict[str, Any] | None]:
+def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experiment, dict[str, Any], Loaded | None]:
     """Open a folder to go on with: (experiment, settings, checkpoint or None where there is none yet).
 
-    A dry run only reads.
+    Changes nothing in it, and a dry run does not even lock it. Raises ExperimentError or ValueError for files that lie
+    or do not fit each other, and for flags that would change what is trained.
     """
-    given = dict(given)
-    folder = given.pop("resume")
-    experiment = Experiment.open(folder, lock=None if dry_run else "train")
-    settings = dict(experiment.settings)
-    check_stored(settings, experiment.folder / "args.yaml")
-    for name in set(given) - {"epochs", *PLACE, *ACTIONS}:
-        if given[name] != settings[name]:
+    experiment = Experiment.open(folder, lock=None if dry_run else "train", echo=tqdm.write)
+    stored = experiment.settings
+    check_stored(stored, experiment.folder / "args.yaml")
+    for name in given.keys() - {"epochs", *PLACE, *ACTIONS}:
+        if given[name] != stored[name]:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{flag} {given[name]}: {folder} runs with {settings[name]}, and --resume cannot change it"
-            )
+            raise ValueError(f"{flag} {given[name]}: {folder} runs with {stored[name]}, and --resume cannot change it")
     loaded = experiment.load_latest()
-    epochs = given.get("epochs", settings["epochs"])
-    if epochs != settings["epochs"]:
-        if not SCHEDULES[settings["scheduler"]].extendable:
+    if loaded is not None:
+        check_place(loaded, stored)
+    settings = stored | {name: value for name, value in given.items() if name in {"epochs", *PLACE}}
+    if settings["epochs"] != stored["epochs"]:
+        scheduler, epochs = stored["scheduler"], settings["epochs"]
+        if not SCHEDULES[scheduler].extendable:
             raise ValueError(
-                f"--epochs {epochs}: the {settings['scheduler']} schedule of {folder} was laid out for "
-                f"{settings['epochs']} epochs; only constant ones can be extended"
+                f"--epochs {epochs}: the {scheduler} schedule of {folder} was laid out for {stored['epochs']} epochs; "
+                "only constant ones can be extended"
             )
-        done = loaded.state["progress"]["epoch"] - settings["burn_in_epochs"] if loaded else 0
+        done = 0 if loaded is None else loaded.state["progress"]["epoch"] - stored["burn_in_epochs"]
         if epochs < done:
             raise ValueError(f"--epochs {epochs}: {done} epochs are finished already")
-    settings |= {name: value for name, value in given.items() if name in {"epochs", *PLACE}}
-    if dry_run:
-        return experiment, settings, None
+    return experiment, settings, loaded
+
+
+def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
+    """Hold a checkpoint against the settings of its folder, and where it stands against their stages."""
+    state, path = loaded.state, loaded.path
+    check_state(state.get("progress"), vars(Progress()), f"{path}: progress")
+    theirs = state.get("settings")
+    if not isinstance(theirs, dict):
+        raise ExperimentError(f"{path}: no settings in it")
+    may_differ = {*PLACE, "epochs"} if SCHEDULES[settings["scheduler"]].extendable else {*PLACE}
+    for name in settings.keys() - may_differ:
+        if name not in theirs or theirs[name] != settings[name]:
+            raise ExperimentError(
+                f"{path}: trained with {name} {theirs.get(name)}, args.yaml beside it says {settings[name]}"
+            )
+    stages, progress = stages_of(settings), state["progress"]
+    index, epoch = progress["stage"], progress["epoch"]
+    if not (0 <= index < len(stages) and stages[index].first <= epoch <= stages[index].first + stages[index].epochs):
+        raise ExperimentError(f"{path}: stage {index}, epoch {epoch} is not a place in this run")
+
+
+def rewind(experiment: Experiment, settings: dict[str, Any], loaded: Loaded | None) -> None:
+    """Bring a folder back to where its checkpoint stands, and say so: settings of now, no rows of later epochs."""
     if settings != experiment.settings:
         experiment.update_settings(settings)
+    finished = 0
     if loaded is None:
-        experiment.log(f"resume: {folder} holds no checkpoint yet; starting from the beginning")
-        experiment.truncate_metrics(0)
-        return experiment, settings, None
-    finished = loaded.state["progress"]["epoch"]
-    note = f" ({loaded.note})" if loaded.note else ""
-    experiment.log(f"resume: from {loaded.path}, {finished} epochs finished{note}")
-    experiment.truncate_metrics(lambda row: row["epoch"] is not None and row["epoch"] <= finished)
-    return experiment, settings, loaded.state
+        experiment.log(f"resume: {experiment.folder} holds no checkpoint yet; starting from the beginning")
+    else:
+        finished = loaded.state["progress"]["epoch"]
+        note = f" ({loaded.note})" if loaded.note else ""
+        experiment.log(f"resume: from {loaded.path}, {finished} epochs finished{note}")
+    experiment.truncate_metrics(lambda row: isinstance(row.get("epoch"), int) and row["epoch"] <= finished)
 
 
 def check_early(settings: dict[str, Any], output_dir: str) -> None:
@@ -556,33 +644,40 @@ def check_early(settings: dict[str, Any], output_dir: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, make or reopen the folder, train. The exit status: 0, 1 diverged, 128 + n after signal n."""
     given = parse(argv)
-    dry_run = given.pop("dry_run", False)
+    dry_run, folder = given.pop("dry_run", False), given.pop("resume", None)
     output_dir = given.get("output_dir", "experiments")
-    if "resume" in given:
-        experiment, settings, state = resume(given, dry_run=dry_run)
-    else:
-        experiment, settings, state = None, resolve(given), None
+    if folder is None:
+        settings, loaded = resolve(given), None
         check_early(settings, output_dir)
+    else:
+        experiment, settings, loaded = resume(folder, given, dry_run=dry_run)
     if dry_run:
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
-    signals = Signals()
-    splits = load_splits(settings)
-    generated = open_generated(settings, splits.epoch_size)
-    if experiment is None:
-        name = given.get("name") or default_name(settings)
+    total = stages_of(settings)[-1]
+    if loaded is not None and loaded.state["progress"]["epoch"] == total.first + total.epochs:
+        tqdm.write(f"{folder}: nothing left to do, all {total.first + total.epochs} epochs are finished")
+        return 0
+
+    # A folder is made, or changed, only when everything that the run needs is there.
+    data = load_splits(settings)
+    run = prepare(settings, data, loaded)
+    if folder is None:
+        name = (given.get("name") or default_name(settings)) + given.get("name_extra", "")
         exist = {"rename": "rename", "stop": "error"}[given.get("if_exists", "rename")]
-        name += given.get("name_extra", "")
         experiment = Experiment.create(output_dir, name, settings, exist=exist, echo=tqdm.write)
-    try:
-        train(experiment, settings, splits, generated, state, signals)
-    except Interrupted as stop:
-        experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
-        return 128 + stop.args[0]
-    except Diverged as error:
-        experiment.log(f"stopped: {error}")
-        return 1
-    experiment.log(f"finished: {experiment.folder}")
+    else:
+        rewind(experiment, settings, loaded)
+    with experiment:
+        try:
+            train(run, data, experiment, Signals())
+        except Interrupted as stop:
+            experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
+            return 128 + stop.args[0]
+        except Diverged as error:
+            experiment.log(f"stopped: {error}")
+            return 1
+        experiment.log(f"finished: {experiment.folder}")
     return 0
 
 
