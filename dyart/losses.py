@@ -12,10 +12,13 @@ Attacks run with the model frozen; the forward passes that are trained on run in
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dyart.attacks import kl_divergence, log_probabilities, pgd
 from dyart.margin import find_boundary, is_locally_closest, margin_gradient_weights, soft_logit_margin
@@ -228,7 +231,8 @@ def dyart_loss(
     The gradient is exact; the value of the robust term is that of its surrogate,
     −(λ/n) Σ exp(−αR_i)·1[R_i < r0] / ‖∇_x Φ_β(x̂_i)‖_q · Φ_β(x̂_i; θ), with x̂_i and the weight held constant: about 0.
     n is the whole batch. The search for the x̂_i runs in eval mode; the two forward passes run in train mode, the
-    boundary points first, so that the running statistics end on those of the clean batch.
+    boundary points first, so that the running statistics end on those of the clean batch. The loss carries the
+    gradient of the robust term in the parameters ready-made, so it cannot be differentiated twice.
 
     Parameters
     ----------
@@ -278,7 +282,7 @@ def dyart_loss(
     robust = x.new_zeros(())
     if len(rows):
         value = soft_logit_margin(model(boundary.x[rows]), y[rows], temperature)
-        robust = -lambda_robust / len(x) * (push[rows] * value).sum()
+        robust = _freed(-lambda_robust / len(x) * (push[rows] * value).sum(), model)
     logits = model(x)
     clean = F.cross_entropy(logits, y)
     loss = clean + robust
@@ -287,6 +291,32 @@ def dyart_loss(
     metrics["kept"] = kept.float().mean()
     metrics["margins"] = torch.where(boundary.found, boundary.margin, math.nan)
     return loss, metrics
+
+
+class _Known(torch.autograd.Function):
+    """A scalar whose gradient in the parameters is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if gradient is None else upstream * gradient for gradient in ctx.gradients)
+
+
+def _freed(term: Tensor, model: nn.Module) -> Tensor:
+    """`term` with the same gradient in the model's parameters, but without its graph.
+
+    The activations of a forward pass are gone before the next forward pass, which halves the peak memory of a loss that
+    sums over both.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        return term.detach()
+    return _Known.apply(term.detach(), torch.autograd.grad(term, parameters, allow_unused=True), *parameters)
 
 
 LOSSES = {

@@ -23,7 +23,7 @@ MAX_GRADIENT_WEIGHT = 1e3
 
 
 class Boundary(NamedTuple):
-    """Boundary points of a batch. All n rows are there; rows with `found` False hold the original x and margin 0.
+    """Boundary points of a batch. All n rows are there; rows with `found` False hold the original x, at margin 0.
 
     Attributes
     ----------
@@ -34,9 +34,9 @@ class Boundary(NamedTuple):
     margin : Tensor (n,)
         ‖x̂ − x‖_p, in units of pixels in [0, 1].
     value : Tensor (n,)
-        Φ(x̂).
+        Φ(x̂), in the rows not found Φ(x).
     grad : Tensor (n, ...)
-        ∇_x Φ(x̂).
+        ∇_x Φ(x̂), in the rows not found ∇_x Φ(x).
     """
 
     x: Tensor
@@ -48,8 +48,8 @@ class Boundary(NamedTuple):
 
 def logit_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """φ = z_y − max_{k≠y} z_k (n,) of logits (n, C) and labels (n,) int64: positive where the prediction is right."""
-    true = logits.gather(1, labels[:, None])[:, 0]
-    return true - _without_label(logits, labels).amax(1)
+    true, others = _split(logits, labels)
+    return true - others.amax(1)
 
 
 def soft_logit_margin(logits: Tensor, labels: Tensor, temperature: float = 5.0) -> Tensor:
@@ -72,13 +72,15 @@ def soft_logit_margin(logits: Tensor, labels: Tensor, temperature: float = 5.0) 
         raise ValueError(f"temperature must be positive, got {temperature}")
     if math.isinf(temperature):
         return logit_margin(logits, labels)
-    true = logits.gather(1, labels[:, None])[:, 0]
-    return true - torch.logsumexp(temperature * _without_label(logits, labels), 1) / temperature
+    true, others = _split(logits, labels)
+    return true - torch.logsumexp(temperature * others, 1) / temperature
 
 
-def _without_label(logits: Tensor, labels: Tensor) -> Tensor:
+def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The logit of the label (n,), and the others (n, C) with -inf in its place; at least in float32."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     is_label = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels[:, None], True)
-    return logits.masked_fill(is_label, -math.inf)
+    return logits.gather(1, labels[:, None])[:, 0], logits.masked_fill(is_label, -math.inf)
 
 
 def find_boundary(

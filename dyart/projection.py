@@ -53,7 +53,6 @@ def _project(x: Tensor, w: Tensor, c: Tensor, rate_of: Callable[[Tensor], Tensor
     size = w.abs() / unit
     rate = rate_of(size)
     target = (c.abs() / unit[:, 0]).clamp_max(x.shape[1] + 1)
-    tolerance = 4 * torch.finfo(x.dtype).eps * target
     direction = torch.sign(c)[:, None] * torch.sign(w)
     room = torch.where(direction > 0, 1 - x, x)
     scale = torch.zeros_like(c)
@@ -62,10 +61,10 @@ def _project(x: Tensor, w: Tensor, c: Tensor, rate_of: Callable[[Tensor], Tensor
         move = scale[:, None] * rate
         missing = target - (size * torch.minimum(move, room)).sum(1)
         slope = (size * rate * (move < room)).sum(1)
-        active = (missing > tolerance) & (slope > 0)
-        if on_cpu and not active.any():
+        step = torch.where(slope > 0, missing / slope, 0).clamp_min(0)
+        scale = scale + step
+        if on_cpu and not (step > 4 * torch.finfo(x.dtype).eps * scale).any():
             break
-        scale = scale + torch.where(active, missing / slope.clamp_min(torch.finfo(w.dtype).tiny), 0)
     return direction * torch.minimum(scale[:, None] * rate, room)
 
 
