@@ -28,3 +28,78 @@ make_environment() {
 }
 
 choose_python
+
+# Prints the value that the words after $1 and $2 give to the flag of these two spellings: "true" for a flag alone,
+# nothing where it is not among them.
+given() {
+    local name="$1" other="$2" before="" value="" word
+    shift 2
+    for word; do
+        case "$word" in
+            "$name" | "$other") value=true ;;
+            "$name="* | "$other="*) value="${word#*=}" ;;
+            --*) ;;
+            *) if [ "$before" = "$name" ] || [ "$before" = "$other" ]; then value="$word"; fi ;;
+        esac
+        before="$word"
+    done
+    echo "$value"
+}
+
+# From a script's flags: EXPERIMENTS, where experiment folders are made, and VARIANT, "-groupnorm" or nothing.
+read_flags() {
+    "$PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("torch") is None)' || {
+        echo "$PYTHON has no torch: install $ROOT/requirements.txt, or run bash $ROOT/scripts/test.sh once" >&2
+        exit 2
+    }
+    EXPERIMENTS="$(given --output-dir --output-dir "$@")"
+    EXPERIMENTS="${EXPERIMENTS:-$ROOT/experiments}"
+    case "$(given --group-norm --GroupNorm "$@" | tr '[:upper:]' '[:lower:]')" in
+        true | yes | 1 | on) VARIANT=-groupnorm ;;
+        *) VARIANT= ;;
+    esac
+}
+
+# Runs train.py on the flags, from wherever the user is.
+train() {
+    "$PYTHON" "$ROOT/train.py" --output-dir "$EXPERIMENTS" "$@"
+}
+
+# burn_in NAME DATASET FLAGS: clean training into NAME-burn-in[-groupnorm], where the DyART scripts look for it.
+burn_in() {
+    local folder="$1-burn-in$VARIANT" dataset="$2"
+    shift 2
+    if [ -e "$EXPERIMENTS/$folder" ] && [ -z "$(given --name --dry-run "$@")" ]; then
+        echo "$EXPERIMENTS/$folder exists: use it, finish it with resume.sh, or make another with --name" >&2
+        exit 2
+    fi
+    train --dataset "$dataset" --method clean --name "$folder" --if-exists stop "$@"
+}
+
+# dyart NAME DATASET FLAGS: DyART from the folder that NAME_clean_training.sh made.
+dyart() {
+    local name="$1" dataset="$2" folder="$EXPERIMENTS/$1-burn-in$VARIANT" command pretrained=()
+    shift 2
+    if [ -z "$(given --pretrained --burn-in-epochs "$@")" ]; then
+        if [ ! -d "$folder" ]; then
+            command="bash $ROOT/scripts/${name}_clean_training.sh${VARIANT:+ --group-norm} --output-dir $EXPERIMENTS"
+            echo "the burn-in $folder is missing; make it with: $command" >&2
+            exit 2
+        fi
+        pretrained=(--pretrained "$folder")
+    fi
+    train --dataset "$dataset" --method dyart "${pretrained[@]}" "$@"
+}
+
+# baselines DATASET [METHOD] FLAGS: the method, or AT, TRADES and MART one after another.
+baselines() {
+    local dataset="$1" method methods=(at trades mart)
+    shift
+    if [ $# -gt 0 ] && [[ "$1" != -* ]]; then
+        methods=("$1")
+        shift
+    fi
+    for method in "${methods[@]}"; do
+        train --dataset "$dataset" --method "$method" "$@"
+    done
+}
