@@ -49,22 +49,28 @@ def optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     """The type of a flag that also takes `none`."""
 
     def convert(text: str) -> Any:
-        return None if text.lower() == "none" else kind(text)
+        if text.lower() == "none":
+            return None
+        try:
+            return kind(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error} or none") from None
 
     return convert
 
 
 def _within(kind: Callable[[str], Any], noun: str, above: float, least: float, most: float) -> Callable[[str], Any]:
-    bounds = [f"above {above:g}"] * (above > -math.inf) + [f"at least {least:g}"] * (least > -math.inf)
-    bounds += [f"at most {most:g}"] * (most < math.inf)
+    bounds = [f"above {above}"] * (above > -math.inf) + [f"at least {least}"] * (least > -math.inf)
+    bounds += [f"at most {most}"] * (most < math.inf)
     accepted = " ".join([noun, " and ".join(bounds)]).strip()
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
-        except (ValueError, ZeroDivisionError):
-            value = math.nan
-        if not (math.isfinite(value) and value > above and least <= value <= most):
+            accepts = math.isfinite(value) and value > above and least <= value <= most
+        except (ValueError, ZeroDivisionError, OverflowError):
+            accepts = False
+        if not accepts:
             raise argparse.ArgumentTypeError(f"{text!r} is not {accepted}")
         return value
 

@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -44,6 +44,7 @@ GENERATED_DATA = {"epochs": 800, "batch_size": 512, "lambda_robust": 800.0}
 GROUP_NORM = {"scheduler": "step", "epochs": 100, "alpha": 8.0, "lambda_robust": 400.0, "clip_grad": None}
 GROUP_NORM_TINY_IMAGENET = {"lr": 0.05, "r0": 20 / 255, "alpha": 3.0, "lambda_robust": 500.0, "clip_grad": None}
 ATTACK_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
+MOMENTUM = 0.9
 
 
 def recipe(dataset: str, method: str, *, generated: bool, group_norm: bool) -> dict[str, Any]:
@@ -72,20 +73,57 @@ def dataset_name(text: str) -> str:
     return name
 
 
+def model_name(text: str) -> str:
+    """A model's name, checked by building it without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            create_model(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def folder_name(text: str) -> str:
+    """The name of a folder, or a part of one."""
+    if "/" in text or "\0" in text or text in (".", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a folder; where it is made: --output-dir")
+    return text
+
+
+def path(text: str) -> str:
+    """An absolute path: a run may be resumed from another folder."""
+    return str(Path(text).absolute())
+
+
+def released_beta(text: str) -> float:
+    """The weight of a baseline's KL term, or the released code's -1, which means that there is none."""
+    value = number(least=-1)(text)
+    if -1 < value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 (nor -1, the released spelling of AT)")
+    return value
+
+
 def build_parser() -> flags.Parser:
     """The flags of train.py; those whose default is SUPPRESS take it from the recipe, or from other flags."""
-    p = flags.Parser(prog="train.py", description=__doc__.splitlines()[0])
+    p = flags.Parser(prog="train.py", description="Train into an experiment folder: burn-in, then a method.")
     open_ = argparse.SUPPRESS
     positive = number(above=0)
 
     g = p.add_argument_group("what is trained")
     g.add_argument("--dataset", "--data", type=dataset_name, default="cifar10", help=", ".join(DATASETS))
-    g.add_argument("--data-dir", default=str(DEFAULT_DATA_DIR), help="where prepared datasets lie")
-    g.add_argument("--model", default=open_, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD (the recipe's)")
+    g.add_argument("--data-dir", type=path, default=str(DEFAULT_DATA_DIR), help="where prepared datasets lie")
+    g.add_argument(
+        "--model",
+        type=model_name,
+        default=open_,
+        help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD (the recipe's)",
+    )
     add_switch(g, "--group-norm", "--GroupNorm", default=False, help="GroupNorm in the place of BatchNorm")
     add_switch(g, "--normalize", default=False, help="normalize inside the model; the Swish models always do")
     g.add_argument("--method", choices=list(LOSSES), default="dyart", help="of training, after the burn-in")
-    g.add_argument("--pretrained", metavar="FILE|FOLDER", default=None, help="averaged weights to start from")
+    g.add_argument(
+        "--pretrained", metavar="FILE|FOLDER", type=path, default=None, help="averaged weights to start from"
+    )
 
     g = p.add_argument_group("training (where no default is given: the recipe's)")
     g.add_argument("--burn-in-epochs", type=whole(), default=open_, help="epochs of clean training before the method")
@@ -95,14 +133,16 @@ def build_parser() -> flags.Parser:
     g.add_argument("--batch-size", type=whole(least=1), default=open_, help="images a step")
     g.add_argument("--lr", type=positive, default=open_, help="learning rate, at its peak")
     g.add_argument("--scheduler", choices=list(SCHEDULES), default=open_, help="of the learning rate")
-    g.add_argument("--momentum", type=number(least=0, most=0.999), default=0.9, help="Nesterov's, unless switched off")
+    g.add_argument(
+        "--momentum", type=number(least=0, most=0.999), default=MOMENTUM, help="one-cycle schedules set their own"
+    )
     add_switch(g, "--nesterov", default=True, help="Nesterov momentum")
     g.add_argument("--weight-decay", type=number(least=0), default=5e-4, help="not on a WRN's normalization layers")
     g.add_argument("--clip-grad", "--clip_grad", type=optional(positive), default=open_, help="gradient norm, or none")
     g.add_argument("--tau", type=number(least=0, most=0.999999), default=0.995, help="decay of the weight average")
     add_switch(g, "--augment", default=True, help="random crop and flip")
     g.add_argument("--train-subset", type=optional(whole(least=1)), default=None, help="this many, class-balanced")
-    g.add_argument("--seed", type=whole(), default=0, help="of weights, batches and attacks")
+    g.add_argument("--seed", type=whole(most=2**32 - 1), default=0, help="of weights, batches and attacks")
 
     g = p.add_argument_group("DyART (where no default is given: the recipe's)")
     g.add_argument("--r0", "--h_prime_r0", type=positive, default=open_, help="larger margins are left alone: 16/255")
@@ -116,7 +156,7 @@ def build_parser() -> flags.Parser:
     add_switch(g, "--high-quality", "--use_high_quality", default=True, help="leave poor boundary points out")
 
     g = p.add_argument_group("baselines, and the attack of baselines and validation")
-    g.add_argument("--beta", type=optional(number(least=-1)), default=6.0, help="of TRADES and MART")
+    g.add_argument("--beta", type=released_beta, default=6.0, help="of TRADES and MART")
     g.add_argument("--attack-eps", type=positive, default=open_, help="8/255 for Linf, 128/255 for L2")
     g.add_argument("--attack-step", type=positive, default=open_, help="a quarter of --attack-eps")
     g.add_argument("--attack-iter", type=whole(least=1), default=10, help="PGD steps of the baselines")
@@ -125,16 +165,24 @@ def build_parser() -> flags.Parser:
     g.add_argument("--validation-batch-size", "--batch-size-validation", type=whole(least=1), default=512, help="same")
 
     g = p.add_argument_group("generated data")
-    g.add_argument("--aux-data-filename", metavar="FILE.npz", default=None, help="with `image` and `label`; any size")
+    g.add_argument(
+        "--aux-data-filename", metavar="FILE.npz", type=path, default=None, help="with `image` and `label`; any size"
+    )
     g.add_argument("--unsup-fraction", type=number(least=0, most=1), default=0.7, help="generated share of a batch")
 
     g = p.add_argument_group("the run")
     g.add_argument("--output-dir", default="experiments", help="where experiment folders are made")
-    g.add_argument("--name", default=None, help="of the folder; by default dataset-method-model and what differs")
-    g.add_argument("--name-extra", "--fname_extra", metavar="TEXT", default="", help="appended to the name")
+    g.add_argument(
+        "--name", type=folder_name, default=None, help="of the folder; by default dataset-method-model and what differs"
+    )
+    g.add_argument(
+        "--name-extra", "--fname_extra", metavar="TEXT", type=folder_name, default="", help="appended to the name"
+    )
     g.add_argument("--if-exists", choices=["rename", "stop"], default="rename", help="a folder is never overwritten")
     g.add_argument("--resume", metavar="FOLDER", default=None, help="go on with this experiment folder")
-    g.add_argument("--save-every", "--save_intermediate_models", type=whole(), default=0, help="epochs: epoch_NNNN.pt")
+    g.add_argument(
+        "--save-every", "--save_intermediate_models", type=whole(), default=0, help="epochs, to epoch_NNNN.pt"
+    )
     g.add_argument("--checkpoint-minutes", type=optional(positive), default=None, help="also within an epoch")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     g.add_argument("--amp", choices=["none", "bf16"], default="none", help="mixed precision")
@@ -158,7 +206,7 @@ def build_parser() -> flags.Parser:
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "checkpoint_minutes", "detect_anomaly", "compile")
-NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "beta", "validation_size"}
+NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
 NULLABLE |= {"pretrained", "aux_data_filename", "checkpoint_minutes"}
 
 # --- Settings: flags and recipe resolved, as they stand in args.yaml --------------------------------------------------
@@ -166,44 +214,54 @@ NULLABLE |= {"pretrained", "aux_data_filename", "checkpoint_minutes"}
 
 def parse(argv: list[str] | None) -> dict[str, Any]:
     """The flags that were given, by their clear names; defaults are left out."""
-    build_parser().parse_args(argv)  # Answers --help, which shows the defaults that are taken away next.
-    parser = build_parser()
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    return translate(vars(parser.parse_args(argv)))
+    parser, left_out = build_parser(), object()
+    namespace = argparse.Namespace(**{action.dest: left_out for action in parser._actions})
+    given = vars(parser.parse_args(argv, namespace))
+    return translate({name: value for name, value in given.items() if value is not left_out})
 
 
 def translate(given: dict[str, Any]) -> dict[str, Any]:
-    """Put the clear names in the place of the released code's spellings that mean several of them."""
+    """Put clear names in the place of the released code's spellings. Raises ValueError where flags contradict."""
     given = dict(given)
-    clean, dyart, mart = given.pop("clean_training", False), given.pop("dyart", None), given.pop("mart", False)
-    if clean:
-        method = "clean"
-    elif dyart is None:
-        method = None
-    elif dyart:
-        method = "dyart"
-    else:
-        method = "at" if given.get("beta", -1) <= 0 else "mart" if mart else "trades"
-    if method is not None and given.setdefault("method", method) != method:
-        raise ValueError(f"--method {given['method']} contradicts the flags that select {method}")
-    if given.get("beta", 0) is not None and given.get("beta", 0) < 0:
-        given["beta"] = None
+
+    def means(flag: str, name: str, value: Any) -> None:
+        if given.setdefault(name, value) != value:
+            raise ValueError(f"{flag} contradicts {flag_of(name)} {given[name]}")
+
+    dyart = given.pop("dyart", None)
+    for selected, flag, method in (
+        (given.pop("clean_training", False), "--clean_training true", "clean"),
+        (given.pop("mart", False), "--mart", "mart"),
+        (dyart, "--DyART true", "dyart"),
+    ):
+        if selected:
+            means(flag, "method", method)
+    if dyart is False and given.setdefault("method", "trades" if given.get("beta", -1) > 0 else "at") == "dyart":
+        raise ValueError("--DyART False contradicts --method dyart")
+    if given.get("beta") == -1 and given.get("method") not in ("trades", "mart"):
+        del given["beta"]
     # These two were written for the released search, and they mean what they meant.
     for released, name in (("iter_FAB", "search_steps"), ("eps_FAB", "init_radius")):
         if released in given:
-            given[name] = given.pop(released)
+            value = given.pop(released)
+            means(f"--{released} {value}", name, value)
             given.setdefault("search", "fab")
     if "attack" in given:
-        given["norm"] = {"linf-pgd": "Linf", "l2-pgd": "L2"}[given.pop("attack")]
-    folder = given.pop("resume_fname", None)
-    if given.get("resume", "").lower() in ("true", "false"):
-        wanted = flags.boolean(given.pop("resume"))
-        if wanted and folder is None:
-            raise ValueError("--resume True: say which folder, with --resume_fname FOLDER or --resume FOLDER")
-        if wanted:
-            given["resume"] = folder
-    return given
+        attack = given.pop("attack")
+        means(f"--attack {attack}", "norm", {"linf-pgd": "Linf", "l2-pgd": "L2"}[attack])
+    folder, wanted = given.pop("resume_fname", None), given.get("resume", "none").lower()
+    if wanted in ("true", "false"):
+        del given["resume"]
+    if wanted == "true" and folder is None:
+        raise ValueError("--resume True: say which folder, with --resume_fname FOLDER or --resume FOLDER")
+    if folder is not None and wanted not in ("true", "false"):
+        raise ValueError(f"--resume_fname {folder}: needs --resume True beside it; or just --resume {folder}")
+    return given | ({"resume": folder} if wanted == "true" else {})
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def resolve(given: dict[str, Any]) -> dict[str, Any]:
@@ -219,9 +277,16 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"--burn-in-epochs {given['burn_in_epochs']}: --pretrained takes the place of a burn-in")
         values["burn_in_epochs"] = 0
     if method == "clean" and values["burn_in_epochs"]:
-        raise ValueError("--burn-in-epochs: clean training is the burn-in itself; use --epochs")
-    if method in ("trades", "mart") and not values["beta"]:
-        raise ValueError(f"--beta {values['beta']}: {method} needs a number above 0")
+        raise ValueError(f"--burn-in-epochs {values['burn_in_epochs']}: clean training is the burn-in; use --epochs")
+    if method in ("trades", "mart") and values["beta"] <= 0:
+        raise ValueError(f"--beta {values['beta']:g}: {method} needs a number above 0")
+    if "unsup_fraction" in given and not generated:
+        raise ValueError(f"--unsup-fraction {given['unsup_fraction']}: of what? Name a file with --aux-data-filename")
+    if values["momentum"] != MOMENTUM and SCHEDULES[values["scheduler"]].cycles_momentum:
+        own = ", ".join(name for name, schedule in SCHEDULES.items() if not schedule.cycles_momentum)
+        raise ValueError(
+            f"--momentum {values['momentum']}: {values['scheduler']} sets its own; --scheduler {own} use it"
+        )
     return {name: value for name, value in values.items() if name not in ACTIONS}
 
 
@@ -233,9 +298,13 @@ def check_stored(settings: dict[str, Any], source: str | Path) -> None:
         kind = int if name in ("train_subset", "search_steps", "validation_size") else kind
         spec[name] = (kind, type(None)) if name in NULLABLE else kind
     check_settings(settings, spec, source)
-    argv = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    argv = [f"{flag_of(name)}={value}" for name, value in settings.items() if value is not None]
+
+    def refuse(message: str) -> NoReturn:
+        raise ExperimentError(f"{source}: {message}")
+
     parser = build_parser()
-    parser.error = lambda message: (_ for _ in ()).throw(ExperimentError(f"{source}: {message}"))
+    parser.error = refuse
     parser.parse_args(argv)
 
 
@@ -248,7 +317,8 @@ def default_name(settings: dict[str, Any]) -> str:
     words += ["generated"] if settings["aux_data_filename"] else []
     for name, value in settings.items():
         if name not in PLACE and value != usual[name]:
-            words.append(f"{name.replace('_', '-')}={value:.4g}" if isinstance(value, float) else f"{name}={value}")
+            shown = f"{value:.4g}" if isinstance(value, float) else value
+            words.append(f"{name.replace('_', '-')}={shown}")
     return "-".join(words).replace("/", "_")[:200]
 
 

@@ -638,6 +638,9 @@ def check_early(settings: dict[str, Any], output_dir: str) -> None:
     model = build_model(settings)
     if settings["pretrained"] is not None:
         load_pretrained(model, settings["pretrained"])
+    generated = settings["aux_data_filename"]
+    if generated is not None and not Path(generated).is_file():
+        raise FileNotFoundError(f"--aux-data-filename {generated}: no such file")
     flags.check_writable(output_dir, "--output-dir")
 
 
