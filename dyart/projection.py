@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# On an accelerator the number of Newton steps is fixed, so that nothing waits for the device. Moves of margins take 3 to
-# 6 steps at the size of images; only hyperplanes at the far end of the box (with l2) take more than 12.
+# On an accelerator the number of Newton steps is fixed, so that nothing waits for the device. Moves as long as margins take 3
+# to 6 at the size of images; only hyperplanes at the far end of the box take more than 12, and those only with l2.
 ACCELERATOR_STEPS = 12
 
 
