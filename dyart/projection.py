@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# On an accelerator the number of Newton steps is fixed, so that nothing waits for the device. Moves as long as margins take 3
-# to 6 at the size of images; only hyperplanes at the far end of the box take more than 12, and those only with l2.
+# On an accelerator the number of Newton steps is fixed, so that nothing waits for the device. Moves as long as margins
+# take 3 to 6 at the size of images; only hyperplanes at the far end of the box take more than 12, and only with l2.
 ACCELERATOR_STEPS = 12
 
 
