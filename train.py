@@ -68,6 +68,8 @@ def stages_of(settings: dict[str, Any]) -> list[Stage]:
 def load_pretrained(model: nn.Module, source: str) -> None:
     """Load averaged weights: of a folder's latest checkpoint, of a checkpoint file, or a bare state dict."""
     path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"--pretrained {source}: no such file or folder")
     if path.is_dir():
         loaded = Experiment.open(path).load_latest()
         if loaded is None:
