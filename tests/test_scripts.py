@@ -1,0 +1,138 @@
+"""The scripts, started from another folder as a user does: what they run, where it goes, and what they refuse."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SMALL = "--dataset digits --model wrn-10-1-swish --device cpu --epochs 1 --train-subset 16 --batch-size 16 "
+SMALL += "--validation-size 4 --validation-attack-iter 1 --attack-iter 1 --output-dir out"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a script with flags from a folder of its own: (exit status, standard output, standard error)."""
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    user = tmp_path / "user's folder"
+    user.mkdir()
+    environment = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+    def run(name: str, flags: str = "") -> tuple[int, str, str]:
+        command = ["bash", str(ROOT / "scripts" / f"{name}.sh"), *shlex.split(flags)]
+        done = subprocess.run(command, cwd=user, env=environment, capture_output=True, text=True, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    run.folder = user
+    return run
+
+
+def stored(folder: Path) -> dict:
+    return yaml.safe_load((folder / "args.yaml").read_text())
+
+
+def test_dyart_starts_from_the_burn_in_that_clean_training_made(script):
+    out = script.folder / "out"
+    status, _, error = script("Cifar10_DyART", SMALL)
+    assert status == 2 and error.count("\n") == 1 and not out.exists()
+    command = error.partition("make it with: ")[2].strip()
+    assert command == f"bash {ROOT}/scripts/Cifar10_clean_training.sh --output-dir out"
+
+    status, _, error = script("Cifar10_clean_training", SMALL)
+    assert status == 0, error
+    burn_in = out / "Cifar10-burn-in"
+    assert stored(burn_in)["method"] == "clean" and stored(burn_in)["scheduler"] == "constant"
+    status, _, error = script("Cifar10_clean_training", SMALL)
+    assert status == 2 and "out/Cifar10-burn-in exists" in error and "resume.sh" in error and error.count("\n") == 1
+
+    status, _, error = script("Cifar10_DyART", SMALL + " --name robust")
+    assert status == 0, error
+    settings = stored(out / "robust")
+    assert settings["method"] == "dyart" and settings["pretrained"] == str(burn_in)
+    assert settings["burn_in_epochs"] == 0 and settings["lambda_robust"] == 1000
+    assert sorted(path.name for path in out.iterdir()) == ["Cifar10-burn-in", "robust"]
+
+    status, output, error = script("resume", "out/robust --device cpu")
+    assert status == 0 and "all 1 epochs are finished" in output + error
+    # The GroupNorm variant needs a burn-in of its own.
+    status, _, error = script("Cifar10_DyART", SMALL + " --GroupNorm true")
+    assert status == 2 and "Cifar10_clean_training.sh --group-norm --output-dir out" in error
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "expected"),
+    [
+        (
+            "TinyImgNet_clean_training",
+            "--group-norm",
+            {"dataset": "tiny-imagenet", "method": "clean", "epochs": 20, "group_norm": True},
+        ),
+        (
+            "TinyImgNet_DyART",
+            "--GroupNorm=True --burn-in-epochs 20",
+            {"dataset": "tiny-imagenet", "method": "dyart", "lr": 0.05, "group_norm": True, "burn_in_epochs": 20},
+        ),
+        (
+            "Cifar10_DyART_additional_data",
+            "--aux-data-filename some.npz --burn-in-epochs 10 --model wrn-10-1-swish",
+            {"dataset": "cifar10", "epochs": 800, "batch_size": 512, "lambda_robust": 800.0, "unsup_fraction": 0.7},
+        ),
+        ("TinyImgNet_baselines", "mart --epochs 7", {"dataset": "tiny-imagenet", "method": "mart", "epochs": 7}),
+    ],
+)
+def test_flags_are_passed_on_and_a_dry_run_makes_nothing(name, flags, expected, script):
+    np.savez(script.folder / "some.npz", image=np.zeros((1, 32, 32, 3), np.uint8), label=np.zeros(1, np.int64))
+    status, output, error = script(name, flags + " --dry-run")
+    assert status == 0, error
+    shown = yaml.safe_load(output)
+    assert {key: shown[key] for key in expected} == expected
+    if "additional" in name:  # a relative path is relative to where the user is
+        assert shown["aux_data_filename"] == str(script.folder / "some.npz")
+    assert [path.name for path in script.folder.iterdir()] == ["some.npz"]
+
+
+def test_baselines_without_a_method_are_all_three(script):
+    status, output, error = script("Cifar10_baselines", SMALL + " --dry-run")
+    assert status == 0, error
+    methods = [line for line in output.splitlines() if line.startswith("method: ")]
+    assert methods == ["method: at", "method: trades", "method: mart"]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("Cifar10_DyART_additional_data", "", "--aux-data-filename FILE.npz"),
+        ("TinyImgNet_DyART", "--output-dir=here --group-norm yes", "TinyImgNet_clean_training.sh --group-norm"),
+        ("Cifar10_baselines", "pgd", "'pgd'"),
+        ("resume", "", "resume.sh FOLDER"),
+        ("resume", "missing", "missing: no such experiment folder"),
+        ("eval", "", "eval.sh FOLDER"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said_in_one_line(name, flags, words, script):
+    status, output, error = script(name, flags)
+    assert status == 2 and words in error and error.count("\n") == 1 and output == ""
+    assert list(script.folder.iterdir()) == []
+
+
+def test_without_packages_the_way_to_them_is_shown(script, tmp_path):
+    if (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("the scripts have an environment of their own here")
+    (tmp_path / "bin" / "python3").write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
+    status, _, error = script("Cifar10_DyART")
+    assert status == 2 and "has no torch" in error and "requirements.txt" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("scripts/*.sh")), ids=lambda path: path.name)
+def test_scripts_are_valid_bash(path):
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    if path.name != "common.sh":
+        assert path.read_text().startswith("#!/usr/bin/env bash\n# ") and "set -euo pipefail" in path.read_text()
