@@ -182,6 +182,14 @@ def _weights_in_box(x: Tensor, boundary: Boundary, norm: str) -> Tensor:
     return torch.where(boundary.found, weights, 0).clamp_max(MAX_GRADIENT_WEIGHT)
 
 
+def refined_margin(x: Tensor, boundary: Boundary, norm: str = "Linf") -> Tensor:
+    """Margins of boundary points moved onto Φ = 0 to first order: R + Φ(x̂) / ‖∇_x Φ(x̂)‖_q. (n,)
+
+    A search ends a little beyond the boundary, by an amount that jumps when the parameters move; here it cancels.
+    """
+    return boundary.margin + boundary.value * _weights_in_box(x, boundary, norm)
+
+
 def negative_speed_share(
     model: nn.Module,
     x: Tensor,
