@@ -10,6 +10,7 @@ import random
 import resource
 import signal
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -358,6 +359,12 @@ class Run:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ExperimentError(f"{source}: cannot go on from it ({type(error).__name__}: {error})") from error
 
+    def advance_schedule(self) -> None:
+        """Set the next learning rate. No step since a resume, or only skipped ones, is nothing to warn of here."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
+            self.scheduler.step()
+
     def check_finite(self, experiment: Experiment) -> None:
         """Raise Diverged where a weight is no number, so that no such checkpoint replaces a good one."""
         weights = {**self.model.state_dict(), **self.average.model.state_dict()}
@@ -492,7 +499,7 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
             else:
                 skip_step(run, running, loss.item(), norm, experiment)
             if SCHEDULES[stage.scheduler].every_step:
-                run.scheduler.step()
+                run.advance_schedule()
             bar.set_postfix(meter.summary(), refresh=False)
             meter.state["seconds"] = time.monotonic() - started
             signals.check()
@@ -542,7 +549,7 @@ def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, las
     row["seconds"] = round(meter.state["seconds"], 2)
     row["peak_memory_mib"] = round(peak_memory_mib(next(run.model.parameters()).device), 1)
     if not SCHEDULES[stage.scheduler].every_step:
-        run.scheduler.step()
+        run.advance_schedule()
     run.meter = Meter()
     experiment.append_metrics(row)
     experiment.log(describe(row))
