@@ -19,7 +19,7 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import contents, differences, files, refusal, run_training, tiny
+from runs import contents, differences, exit_status, files, fork, refusal, run_training, tiny
 from torch import nn
 
 import train
@@ -198,25 +198,9 @@ def test_a_signal_leaves_a_checkpoint_a_line_and_its_number(
     assert not differences(contents(folder), contents(whole))
 
 
-def in_child(body: Callable[[], int], stderr: Path) -> int:
-    """Run `body` in a forked process; its exit status, or minus the number of the signal that it died of."""
-    pid = os.fork()
-    if pid == 0:
-        status = 99
-        try:
-            with open(stderr, "w") as file:
-                sys.stdout = sys.stderr = file
-                status = body()
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
 def test_a_second_sigint_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     send_at(monkeypatch, 1, signal.SIGINT, signal.SIGINT)
-    assert in_child(lambda: train.main(tiny(tmp_path)), tmp_path / "stderr") == -signal.SIGINT
+    assert exit_status(fork(lambda: train.main(tiny(tmp_path)))) == -signal.SIGINT
     assert not (tmp_path / "run" / "latest.pt").exists()
 
 
@@ -302,7 +286,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path, kill: Kill) ->
 
     with Experiment.open(folder, lock="train"):
         before = files(folder)
-        assert in_child(second, stderr) == 2
+        assert exit_status(fork(second, stderr)) == 2
         assert f"{folder} is in use: process {os.getpid()}" in stderr.read_text()
         assert files(folder) == before
 
@@ -494,7 +478,7 @@ def test_metrics_that_lie_are_refused_or_rewritten(
 
 @pytest.mark.parametrize("room", [100, 200_000])
 def test_a_full_disk_ends_in_one_line_and_a_folder_to_go_on_with(room: int, whole: Path, tmp_path: Path) -> None:
-    folder, stderr = copied(whole, tmp_path), tmp_path / "stderr"
+    folder = copied(whole, tmp_path)
 
     def limited() -> None:
         os.dup2(write_end, 2)  # no file, so that the limit does not concern it
@@ -503,7 +487,7 @@ def test_a_full_disk_ends_in_one_line_and_a_folder_to_go_on_with(room: int, whol
         train.flags.run(lambda: train.main(["--resume", str(folder)]))
 
     read_end, write_end = os.pipe()
-    status = in_child(limited, stderr)
+    status = exit_status(fork(limited))
     os.close(write_end)
     with open(read_end) as pipe:
         error = pipe.read()
