@@ -1,0 +1,272 @@
+"""The gradient of DyART's loss against its definition: term by term, and by finite differences of the objective."""
+
+import copy
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dyart.losses import LOSSES, clean_loss, dyart_loss
+from dyart.margin import find_boundary, is_locally_closest, margin_gradient_weights, soft_logit_margin
+
+OBJECTIVE = {"lambda_robust": 40.0, "alpha": 3.0, "r0": 0.1}
+
+
+def mlp():
+    torch.manual_seed(0)
+    return centred(nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 4)).double(), 12)
+
+
+def conv_net():
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(32, 3)]
+    return centred(nn.Sequential(*layers).eval(), 3, 4, 4)
+
+
+def centred(model, *shape):
+    """The model with steeper layers and, in the middle of the box, equal logits: boundaries pass near most images."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 3 if parameter.dim() > 1 else 1
+        model[-1].bias -= model(torch.full((1, *shape), 0.5, dtype=model[-1].bias.dtype))[0]
+    return model
+
+
+def batch(model, n=20):
+    """Images away from the box, of which every fourth is misclassified."""
+    x = 0.3 + 0.4 * torch.rand(n, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    y = model(x).argmax(1)
+    y[::4] = (y[::4] + 1) % 4
+    return x, y
+
+
+def gradient(loss, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("high_quality", [True, False])
+def test_gradient_is_the_sum_of_the_definition(norm, high_quality):
+    model = mlp()
+    with torch.no_grad():
+        for parameter in model[-1].parameters():
+            parameter *= 10  # one step then ends too far beyond the boundary for some of the points
+    x, y = batch(model)
+    options = {"temperature": 7.0, "norm": norm, "steps": 1}
+    objective = OBJECTIVE | {"r0": 0.02 if norm == "Linf" else 0.06}
+    loss, metrics = dyart_loss(model, x, y, high_quality=high_quality, **objective, **options)
+
+    expected, found, kept, terms = 0, 0, 0, 0
+    for i in range(20):
+        row, label = x[i : i + 1], y[i : i + 1]
+        expected = expected + F.cross_entropy(model(row), label) / 20
+        if soft_logit_margin(model(row), label, 7.0) <= 0:
+            continue
+        boundary = find_boundary(model, row, label, **options)
+        found += boundary.found.item()
+        if not boundary.found or (high_quality and not is_locally_closest(row, boundary, norm)):
+            continue
+        kept += 1
+        delta = boundary.x - row
+        margin = delta.abs().max() if norm == "Linf" else delta.square().sum().sqrt()
+        steepness = boundary.grad.abs().sum() if norm == "Linf" else boundary.grad.square().sum().sqrt()
+        if margin < objective["r0"]:
+            terms += 1
+            weight = objective["lambda_robust"] / 20 * torch.exp(-3 * margin) / steepness
+            expected = expected - weight * soft_logit_margin(model(boundary.x), label, 7.0)[0]
+    assert 3 <= terms < kept <= found <= 15
+    assert (kept < found) == high_quality
+    torch.testing.assert_close(gradient(loss, model), gradient(expected, model))
+    torch.testing.assert_close(loss, expected)
+    assert metrics["found"].item() == pytest.approx(found / 20)
+    assert metrics["kept"].item() == pytest.approx(kept / 20)
+
+
+def test_gradient_is_that_of_the_objective_with_margins_found_again():
+    """Finite differences of mean CE + (λ/n) Σ h(R), with R searched anew at the moved parameters."""
+    model = mlp()
+    x, y = batch(model)
+    loss, _ = dyart_loss(model, x, y, **OBJECTIVE, steps=400)
+    analytic = gradient(loss, model)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    generator = torch.Generator().manual_seed(3)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in start]
+
+    def objective(step):
+        with torch.no_grad():
+            for parameter, origin, along in zip(model.parameters(), start, direction, strict=True):
+                parameter.copy_(origin + step * along)
+        boundary = find_boundary(model, x, y, steps=400)
+        margin = boundary.margin + boundary.value * margin_gradient_weights(boundary)
+        counts = boundary.found & (margin < OBJECTIVE["r0"])
+        h = torch.where(counts, torch.exp(-3 * margin) / 3, 0)
+        return (F.cross_entropy(model(x), y) + OBJECTIVE["lambda_robust"] * h.mean()).item()
+
+    along = torch.cat([d.flatten() for d in direction])
+    assert (analytic @ along).item() == pytest.approx((objective(1e-5) - objective(-1e-5)) / 2e-5, rel=0.01)
+    objective(0)
+    clean = gradient(F.cross_entropy(model(x), y), model)
+    assert (analytic - clean).norm() > 0.3 * analytic.norm()  # the robust term had its part in this
+
+
+def test_batch_norm_sees_the_boundary_points_first_then_the_clean_batch():
+    model, x = conv_net(), torch.rand(30, 3, 4, 4)
+    y = model.eval()(x).argmax(1)
+    y[::3] = (y[::3] + 1) % 3
+    by_hand = copy.deepcopy(model)
+    boundary = find_boundary(by_hand, x, y)
+    kept = is_locally_closest(x, boundary)
+    assert 5 < kept.sum() < 20
+    by_hand.train()
+    value = soft_logit_margin(by_hand(boundary.x[kept]), y[kept])
+    weight = torch.exp(-3 * boundary.margin) * (boundary.margin < 0.1) * margin_gradient_weights(boundary)
+    expected = F.cross_entropy(by_hand(x), y) - OBJECTIVE["lambda_robust"] / 30 * (weight[kept] * value).sum()
+
+    loss, _ = dyart_loss(model, x, y, **OBJECTIVE)
+    assert model.training
+    torch.testing.assert_close(gradient(loss, model), gradient(expected, by_hand))
+    for buffer, other in zip(model.buffers(), by_hand.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other)
+    assert model[1].num_batches_tracked == 2
+
+
+def test_loss_can_be_scaled_accumulated_and_frozen_in_part():
+    """What a training loop may do with a loss holds for the part of it that carries its gradient ready-made."""
+    model = mlp()
+    x, y = batch(model)
+    expected = gradient(dyart_loss(model, x, y, **OBJECTIVE)[0], model)
+    for _ in range(2):
+        (3 * dyart_loss(model, x, y, **OBJECTIVE)[0]).backward()
+    actual = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    torch.testing.assert_close(actual, 6 * expected)
+
+    model.zero_grad()
+    model[1].requires_grad_(False)
+    dyart_loss(model, x, y, **OBJECTIVE)[0].backward()
+    assert model[1].weight.grad is None
+    torch.testing.assert_close(model[3].weight.grad.flatten(), expected[-68:-4])
+    model.requires_grad_(False)
+    assert dyart_loss(model, x, y, **OBJECTIVE)[0].isfinite()
+
+
+def test_search_and_training_leave_no_trace_of_each_other():
+    """Gradients that are there already are added to, not used or cleared, by the search and the ready-made part."""
+    model = mlp()
+    x, y = batch(model)
+    expected = gradient(dyart_loss(model, x, y, **OBJECTIVE)[0], model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    loss, _ = dyart_loss(model, x, y, **OBJECTIVE)
+    assert all((parameter.grad == 1).all() for parameter in model.parameters())
+    loss.backward()
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), 1 + expected)
+
+
+def test_graphs_of_the_two_forward_passes_do_not_live_together():
+    """What autograd saves of the boundary points is gone when the clean batch goes through the network."""
+    model = mlp()
+    x, y = batch(model)
+    living, seen = weakref.WeakSet(), []
+
+    class Saved:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            living.add(self)
+
+    def count(*_):
+        if model.training:
+            seen.append(len(living))
+
+    model.register_forward_pre_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        loss, _ = dyart_loss(model, x, y, **OBJECTIVE)
+        assert len(living) > 0
+    assert seen == [0, 0]
+    loss.backward()
+
+
+@pytest.mark.parametrize("search", ["fast", "fab"])
+def test_degenerate_batches(search):
+    model = mlp()
+    x, y = batch(model)
+    right, wrong = model(x).argmax(1), (model(x).argmax(1) + 1) % 4
+    expected = gradient(clean_loss(model, x, wrong)[0], model)
+    loss, metrics = dyart_loss(model, x, wrong, search=search)
+    torch.testing.assert_close(gradient(loss, model), expected)
+    assert metrics["found"] == metrics["kept"] == metrics["robust_loss"] == 0
+    assert metrics["margins"].isnan().all()
+
+    loss, _ = dyart_loss(model, x[:1], right[:1], search=search)
+    assert gradient(loss, model).isfinite().all()
+
+    with torch.no_grad():
+        model[-1].weight.zero_()  # no gradient in x, no boundary
+        model[-1].bias.copy_(torch.tensor([1.0, 0, 0, 0]))
+    loss, metrics = dyart_loss(model, x, torch.zeros(20, dtype=torch.long), search=search)
+    assert loss.isfinite()
+    assert gradient(loss, model).isfinite().all()
+    assert metrics["found"] == 0
+    with pytest.raises(ValueError, match=r"empty batch.*\(0, 12\)"):
+        dyart_loss(model, x[:0], y[:0])
+
+
+def test_metrics():
+    model = mlp()
+    x, y = batch(model)
+    loss, metrics = dyart_loss(model, x, y, **OBJECTIVE)
+    boundary = find_boundary(model, x, y)
+    assert set(metrics) == {"loss", "clean_loss", "robust_loss", "clean_accuracy", "found", "kept", "margins"}
+    assert not any(value.requires_grad for value in metrics.values())
+    torch.testing.assert_close(metrics["clean_loss"] + metrics["robust_loss"], loss.detach())
+    assert metrics["clean_accuracy"].item() == 0.75
+    torch.testing.assert_close(metrics["margins"][boundary.found], boundary.margin[boundary.found])
+    assert torch.equal(metrics["margins"].isnan(), ~boundary.found)
+    assert LOSSES["dyart"] is dyart_loss
+
+
+def test_lambda_zero_is_clean_training():
+    model = mlp()
+    x, y = batch(model)
+    loss, _ = dyart_loss(model, x, y, lambda_robust=0)
+    torch.testing.assert_close(gradient(loss, model), gradient(clean_loss(model, x, y)[0], model))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_bfloat16_and_memory_layout(layout):
+    """Autocast's gradient points where float32's does, also through the weights that autocast casts once."""
+    model, x = conv_net(), torch.rand(60, 3, 4, 4)
+    y = model.eval()(x).argmax(1)
+    reference = copy.deepcopy(model)
+    expected = gradient(dyart_loss(reference, x, y, **OBJECTIVE)[0], reference)
+    model, x = model.to(memory_format=layout), x.contiguous(memory_format=layout)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, metrics = dyart_loss(model, x, y, **OBJECTIVE)
+    actual = gradient(loss, model)
+    assert loss.dtype == metrics["margins"].dtype == torch.float32
+    assert F.cosine_similarity(actual, expected, dim=0) > 0.98
+    assert actual.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)
+
+
+def test_compiled_model_gives_the_same_gradient():
+    model, x = conv_net(), torch.rand(30, 3, 4, 4)
+    y = model.eval()(x).argmax(1)
+    reference = copy.deepcopy(model)
+    expected = gradient(dyart_loss(reference, x, y, **OBJECTIVE)[0], reference)
+    model.compile(backend="aot_eager")
+    torch.testing.assert_close(gradient(dyart_loss(model, x, y, **OBJECTIVE)[0], model), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_beyond_r0_nothing_pushes():
+    model = mlp()
+    x, y = batch(model)
+    margins = find_boundary(model, x, y).margin
+    shortest = margins[margins > 0].min().item()
+    options = OBJECTIVE | {"r0": shortest * (1 - 1e-9)}
+    clean = gradient(clean_loss(model, x, y)[0], model)
+    torch.testing.assert_close(gradient(dyart_loss(model, x, y, **options)[0], model), clean)
+    options["r0"] = shortest * (1 + 1e-9)
+    assert not torch.allclose(gradient(dyart_loss(model, x, y, **options)[0], model), clean, rtol=1e-3)
+    assert not math.isclose(shortest, 0)
