@@ -87,9 +87,9 @@ OURS = {
     "--method clean --group-norm": BURN_IN | {"group_norm": True, "alpha": 8.0, "lambda_robust": 400.0},
     "--method clean --dataset tiny-imagenet": TINY | BURN_IN | {"epochs": 20},
     "--method clean --dataset tiny-imagenet --group-norm": TINY | TINY_GROUP_NORM | BURN_IN | {"epochs": 20},
-    "--method at": {"method": "at", "burn_in_epochs": 0},
-    "--method trades --dataset tiny-imagenet": TINY | {"method": "trades", "burn_in_epochs": 0},
-    "--method mart --group-norm": GROUP_NORM | {"method": "mart", "burn_in_epochs": 0},
+    "--method at": {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
+    "--method trades --dataset tiny-imagenet": TINY | {"method": "trades", "burn_in_epochs": 0, "clip_grad": None},
+    "--method mart --group-norm": GROUP_NORM | {"method": "mart", "burn_in_epochs": 0, "clip_grad": None},
     "--norm L2": {"norm": "L2", "attack_eps": 128 / 255, "attack_step": 32 / 255},
     "--pretrained /x/b.pt": BURNT_IN,
     "--r0 20/255 --alpha 4 --lambda-robust 300 --clip-grad none": {"r0": 20 / 255, "alpha": 4.0}
@@ -118,12 +118,17 @@ RELEASED = {
     " --clip_grad 1 --pretrained /x/b.pt": TINY | BURNT_IN | FAB,
     f"{PREACT} {COMMON} {DYART} --GroupNorm True --lr 0.05 --h_prime_r0 20/255 --h_prime_alpha 3 --lam_robust 500"
     " --pretrained /x/b.pt": TINY | TINY_GROUP_NORM | BURNT_IN | FAB,
-    f"{SWISH} {COMMON} {ATTACK} --DyART False --beta -1": {"method": "at", "burn_in_epochs": 0},
-    f"{SWISH} {COMMON} {ATTACK} --DyART False --beta 6.0": {"method": "trades", "burn_in_epochs": 0},
-    f"{SWISH} {COMMON} {ATTACK} --DyART False --beta 6.0 --mart": {"method": "mart", "burn_in_epochs": 0},
-    f"{PREACT} {COMMON} {ATTACK} --DyART False --beta -1": TINY | {"method": "at", "burn_in_epochs": 0},
+    f"{SWISH} {COMMON} {ATTACK} --DyART False --beta -1": {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
+    f"{SWISH} {COMMON} {ATTACK} --DyART False --beta 6.0": {"method": "trades", "burn_in_epochs": 0, "clip_grad": None},
+    f"{SWISH} {COMMON} {ATTACK} --DyART False --beta 6.0 --mart": {
+        "method": "mart",
+        "burn_in_epochs": 0,
+        "clip_grad": None,
+    },
+    f"{PREACT} {COMMON} {ATTACK} --DyART False --beta -1": TINY
+    | {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
     f"{PREACT} {COMMON} {ATTACK} --DyART False --beta 5 --mart": TINY
-    | {"method": "mart", "burn_in_epochs": 0, "beta": 5.0},
+    | {"method": "mart", "burn_in_epochs": 0, "clip_grad": None, "beta": 5.0},
     "--attack l2-pgd --attack-eps 0.5": {"norm": "L2", "attack_eps": 0.5, "attack_step": 0.125},
     "--resume False --clean_training false --DyART true": {},
 }
