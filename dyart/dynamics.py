@@ -163,22 +163,19 @@ def boundary_speed(
 
 
 def _weights_in_box(x: Tensor, boundary: Boundary, norm: str) -> Tensor:
-    """μ of the KKT conditions ∇‖δ‖ + μ ∇_x Φ = 0 on the coordinates that are not stopped by the box. (n,)
+    """μ of the KKT conditions ∇‖δ‖ + μ ∇_x Φ = 0 on the coordinates that the box does not stop. (n,)
 
-    The closest point moves every coordinate against the gradient, by R (l-infinity) or in proportion to it (l2), or
-    up to the box. Only those that are not stopped can make up for a change of Φ.
+    The move δ is the exact one onto the hyperplane that touches the boundary at x̂, since a search ends only near it.
+    Coordinates that reach the box cannot make up for a change of Φ, the others can.
     """
-    lookup_norm(norm)
-    grad, origin = boundary.grad.flatten(1), x.flatten(1)
-    move = boundary.x.flatten(1) - origin
-    room = torch.where(grad > 0, origin, 1 - origin)
-    if norm == "Linf":
-        free = room > boundary.margin[:, None]
-        weights = (grad.abs() * free).sum(1).reciprocal()
-    else:
-        free = move.abs() < room
-        lengths = torch.linalg.vector_norm(torch.stack([move * free, move, grad * free]), dim=2)
-        weights = lengths[0] / (lengths[1] * lengths[2])
+    origin, grad = x.flatten(1), boundary.grad.flatten(1)
+    gain = (grad * (boundary.x.flatten(1) - origin)).sum(1)
+    the_norm = lookup_norm(norm)
+    move = the_norm.project(origin, grad, gain)
+    free = move.abs() < (1 - 1e-6) * torch.where(move > 0, 1 - origin, origin)
+    weights = the_norm.dual(grad * free).reciprocal()
+    if norm == "L2":
+        weights = weights * the_norm.length(move * free) / the_norm.length(move)
     return torch.where(boundary.found, weights, 0).clamp_max(MAX_GRADIENT_WEIGHT)
 
 
