@@ -116,7 +116,7 @@ class Candidate(NamedTuple):
 
     model: nn.Module
     identity: dict[str, Any]
-    data_dir: Any  # what its settings say of where the training data was
+    settings: Mapping[str, Any]  # of the run that made it; of others' files there are none
 
 
 def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Callable[[str], Any]) -> Candidate:
@@ -138,7 +138,7 @@ def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Call
         log(f"warning: {warning.message}")
     model.eval().requires_grad_(False)
     identity = {**settings, "checkpoint": path.name, "sha256": digest, "weights": kind}
-    return Candidate(model, identity, state.get("settings", {}).get("data_dir"))
+    return Candidate(model, identity, state.get("settings", {}))
 
 
 def sha256(path: Path) -> str:
@@ -185,7 +185,7 @@ def pick_weights(state: Mapping[str, Any], wanted: str, path: Path) -> tuple[str
 def load_test(candidate: Candidate, data_dir: str | None) -> Split:
     """The test set of a checkpoint: below `data_dir`, or where it was trained from if that is there."""
     if data_dir is None:
-        trained_from = candidate.data_dir
+        trained_from = candidate.settings.get("data_dir")
         data_dir = trained_from if isinstance(trained_from, str) and Path(trained_from).is_dir() else DEFAULT_DATA_DIR
     return load_data(candidate.identity["dataset"], data_dir)[1]
 
@@ -225,6 +225,8 @@ class Results:
         for name in [*IDENTITY, *needed]:
             if not all(name in record for record in records):
                 raise ExperimentError(f"{path}: a record without {name!r}; move the file away to start a new one")
+            if name.endswith("_accuracy") and not all(isinstance(record[name], int | float) for record in records):
+                raise ExperimentError(f"{path}: a record whose {name!r} is no number; move the file away")
         return records
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -309,10 +311,11 @@ def evaluate(
         log(f"{name}: clean accuracy {record['clean_accuracy']:.2%} of {n} images")
     else:
         check_progress(record, results)
-        last = ([f"batch {record['batches']} of an attack"] if record["batches"] else []) or list(
-            record["robust_accuracy_after"]
+        done = list(record["robust_accuracy_after"])
+        last = (
+            [f"batch {record['batches']} of {attacks[len(done)]}"] if record["batches"] else ["the clean images", *done]
         )
-        log(f"{name}: interrupted before, going on after {(last or ['the clean images'])[-1]}")
+        log(f"{name}: interrupted before, going on after {last[-1]}")
 
     attacker = autoattack(
         model,
@@ -368,14 +371,15 @@ def _is_correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def check_progress(record: Mapping[str, Any], results: Results) -> None:
     """Hold what an interrupted evaluation left against what `evaluate` writes. Raises ExperimentError."""
     n, attacks = record["n"], VERSIONS[record["version"]]
-    robust, broken, batches = record.get("robust"), record.get("broken"), record.get("batches")
-    done, seconds = record.get("robust_accuracy_after"), record.get("seconds")
+    robust, broken, batches = (record.get(name) for name in ("robust", "broken", "batches"))
+    done, seconds, warned = (record.get(name) for name in ("robust_accuracy_after", "seconds", "warnings"))
     sound = isinstance(robust, str) and re.fullmatch(f"[01]{{{n}}}", robust) is not None
+    sound = sound and type(batches) is int and 0 <= batches <= math.ceil(robust.count("1") / record["batch_size"])
     sound = sound and isinstance(broken, list) and all(type(row) is int and 0 <= row < n for row in broken)
     sound = sound and isinstance(done, dict) and list(done) == attacks[: len(done)] and len(done) < len(attacks)
-    sound = sound and isinstance(seconds, dict) and all(isinstance(value, int | float) for value in seconds.values())
-    sound = sound and type(batches) is int and 0 <= batches <= math.ceil(robust.count("1") / record["batch_size"])
-    sound = sound and isinstance(record.get("clean_accuracy"), float) and isinstance(record.get("warnings"), list)
+    sound = sound and isinstance(seconds, dict) and isinstance(warned, list) and all(isinstance(w, str) for w in warned)
+    numbers = [record.get("clean_accuracy"), *done.values(), *seconds.values()] if sound else []
+    sound = sound and all(isinstance(value, int | float) for value in numbers)
     if not sound:
         raise ExperimentError(f"{results.unfinished_path}: damaged; remove it to start the evaluation again")
 

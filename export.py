@@ -1,0 +1,176 @@
+"""Write an experiment's averaged weights as a plain state dict that RobustBench loads, and the claim beside them.
+
+    python export.py experiments/NAME out.pt
+
+out.pt holds names and tensors only, in the names of RobustBench's DMWideResNet where the model is one. out.md says what
+the weights are, what AutoAttack left of their accuracy (from autoattack.json), and how to check it.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flags
+from data import DATASETS
+from dyart.experiment import Experiment, ExperimentError
+from eval import MODEL_SETTINGS, WEIGHTS, Results, load_candidate
+from settings import PLACE, check_stored, resolve
+
+# What RobustBench ranks: the dataset, norm and ε of its leaderboards.
+LEADERBOARDS = {("cifar10", "Linf", "8/255"), ("cifar10", "L2", "0.5"), ("cifar100", "Linf", "8/255")}
+
+
+def build_parser() -> flags.Parser:
+    """The flags of export.py."""
+    p = flags.Parser(prog="export.py", description=__doc__.splitlines()[0])
+    p.add_argument("folder", metavar="FOLDER", help="an experiment folder")
+    p.add_argument("out", metavar="OUT.pt", help="the file to write; the claim goes to OUT.md")
+    p.add_argument("--checkpoint", metavar="NAME", default="best.pt", help="file of the folder")
+    p.add_argument("--weights", choices=list(WEIGHTS), default="average", help="which of its weights")
+    flags.add_switch(p, "--force", default=False, help="overwrite files that exist")
+    return p
+
+
+def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: Mapping[str, Any], out: Path) -> str:
+    """The text of a leaderboard claim, in Markdown.
+
+    settings: of the run; records: of autoattack.json, those of other weights are passed over; identity: of the weights,
+    as `eval.load_candidate` gives it; out: the file that the weights go to.
+    """
+    mine = [record for record in records if all(record[name] == value for name, value in identity.items())]
+    full = [record for record in mine if record["version"] == "standard" and record["n"] == record["test_size"]]
+    lines = [
+        f"# {identity['model']} on {identity['dataset']}",
+        "",
+        f"- Weights: `{out.name}`, the {identity['weights']} weights of `{identity['checkpoint']}`",
+    ]
+    lines += [f"- SHA-256 of that checkpoint: {identity['sha256']}"]
+    lines += [f"- Architecture: {architecture(identity)}", f"- Additional data: {additional_data(settings)}", ""]
+
+    if not full:
+        command = f"python eval.py FOLDER --checkpoint {identity['checkpoint']} --weights {identity['weights']}"
+        lines += [
+            "**No claim can be made: there is no record of AutoAttack's standard version on the whole test set.**"
+        ]
+        lines += [f"To make one: `{command} --eps {'8' if settings.get('norm') != 'L2' else '0.5 --norm L2'}`", ""]
+    if mine:
+        lines += ["| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"]
+    for record in mine:
+        images = (
+            f"all {record['n']}"
+            if record["n"] == record["test_size"]
+            else f"first {record['n']} of {record['test_size']}"
+        )
+        lines += [
+            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {images} "
+            f"| {record['clean_accuracy']:.2%} | {record['robust_accuracy']:.2%} |"
+        ]
+    for record in full:
+        if (record["dataset"], record["norm"], record["eps_text"]) in LEADERBOARDS:
+            lines += ["", "RobustBench's entry (link, name, authors and venue are for you to add):", "", "```json"]
+            lines += [json.dumps(entry(settings, record), indent=2), "```"]
+
+    lines += ["", "## To reproduce", "", "```"]
+    with contextlib.suppress(ExperimentError):  # Settings that this version's flags cannot say.
+        check_stored(dict(settings), "settings")
+        lines += ["# the training", train_command(settings)]
+    lines += ["# the figures, from the exported weights", *(eval_command(record, out) for record in mine), "```", ""]
+    return "\n".join(lines)
+
+
+def architecture(identity: Mapping[str, Any]) -> str:
+    """The model, and RobustBench's class that loads its weights if it has one."""
+    info, name = DATASETS[identity["dataset"]], identity["model"]
+    found = re.fullmatch(r"wrn-(\d+)-(\d+)-swish|preact-resnet(\d+)-swish", name)
+    if found is None or identity["group_norm"]:
+        layers = " with GroupNorm" * identity["group_norm"] + " that normalizes its input" * identity["normalize"]
+        return f"{name}{layers}, as `models.create_model` makes it; RobustBench has no class for it"
+    shape = f"depth={found[1]}, width={found[2]}" if found[1] else f"depth={found[3]}, width=0"
+    kind = "DMWideResNet" if found[1] else "DMPreActResNet"
+    arguments = f"num_classes={info.num_classes}, {shape}, activation_fn=nn.SiLU, mean={info.mean}, std={info.std}"
+    return f"{name}; RobustBench loads it into `{kind}({arguments})`"
+
+
+def additional_data(settings: Mapping[str, Any]) -> str:
+    """The training data beyond the dataset's own."""
+    name = settings.get("aux_data_filename")
+    if name is None:
+        return "none"
+    return f"generated images of `{Path(name).name}`, {settings['unsup_fraction']:.0%} of each batch"
+
+
+def entry(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, Any]:
+    """A leaderboard entry as in RobustBench's model_info/*.json."""
+    clean, robust = (f"{100 * record[name]:.2f}" for name in ("clean_accuracy", "robust_accuracy"))
+    return {
+        "additional_data": settings.get("aux_data_filename") is not None,
+        "number_forward_passes": 1,
+        "dataset": record["dataset"],
+        "architecture": re.sub(r"wrn-(\d+)-(\d+)-swish", r"WideResNet-\1-\2", record["model"]),
+        "eps": record["eps_text"],
+        "clean_acc": clean,
+        "reported": robust,
+        "autoattack_acc": robust,
+    }
+
+
+def train_command(settings: Mapping[str, Any]) -> str:
+    """The command that resolves to the settings of a run."""
+    defaults = resolve({})
+    chosen = ("dataset", "method", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
+    given = {name: settings[name] for name in chosen if settings[name] != defaults[name]}
+    usual = resolve(given)
+    given |= {name: settings[name] for name in defaults if settings[name] != usual[name] and name not in PLACE}
+    words = ["python", "train.py"]
+    for name, value in given.items():
+        plain = value is None or isinstance(value, bool)
+        words += [f"--{name.replace('_', '-')}", str(value).lower() if plain else str(value)]
+    return shlex.join(words)
+
+
+def eval_command(record: Mapping[str, Any], out: Path) -> str:
+    """The command that evaluates the exported weights as a record says."""
+    eps = record["eps_text"]
+    words = ["python", "eval.py", out.name, "--model", record["model"], "--dataset", record["dataset"]]
+    words += [f"--{name.replace('_', '-')}" for name in ("group_norm", "normalize") if record[name]]
+    words += ["--eps", eps, "--norm", record["norm"], "--version", record["version"], "--n", record["n"]]
+    words += ["--batch-size", record["batch_size"], "--seed", record["seed"]]
+    return shlex.join(map(str, words))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export what the flags say. Raises ValueError or OSError, in one line, for what is wrong with them."""
+    args = build_parser().parse_args(argv)
+    folder, out = Path(args.folder), Path(args.out)
+    text_file = out.with_suffix(".md")
+    if out.suffix == ".md":
+        raise ValueError(f"{out}: the weights need another suffix than the claim's, .pt for example")
+    if out.parent.resolve() == folder.resolve():
+        raise ValueError(f"{out}: choose a place outside the experiment folder")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
+    for path in (out, text_file):
+        if path.exists() and not args.force:
+            raise FileExistsError(f"{path} exists; --force overwrites it")
+
+    Experiment.open(folder)  # Says so where it is none.
+    candidate = load_candidate(folder / args.checkpoint, args.weights, dict.fromkeys(MODEL_SETTINGS), print)
+    weights = {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
+    text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
+    temporary = out.with_name(f".{out.name}.tmp")
+    torch.save(weights, temporary)
+    os.replace(temporary, out)
+    text_file.write_text(text)
+    print(f"weights  {out}\nclaim    {text_file}")
+    return 0
+
+
+if __name__ == "__main__":
+    flags.run(main)
