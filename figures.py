@@ -1,6 +1,5 @@
 """The figures that analyze.py draws, each from the table that stands beside it as csv."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,11 +56,11 @@ def speed_over_margin(path: Path, rows: Sequence[dict[str, Any]], methods: Seque
         shown = np.clip(speeds[method], -highest, highest)
         negative = shown < 0
         vulnerable = margin < below * scale.factor
-        share = negative[vulnerable].mean() if vulnerable.any() else math.nan
+        share = f"{negative[vulnerable].mean():.0%} of the" if vulnerable.any() else "no"
         axis.axhline(0, color="black", linewidth=0.8)
         axis.scatter(margin[~negative], shown[~negative], s=size, color=BLUE, alpha=0.6, linewidth=0)
         axis.scatter(margin[negative], shown[negative], s=size, color=VERMILLION, alpha=0.6, linewidth=0)
-        axis.set_title(f"{NAMES[method]}\n{share:.0%} of the vulnerable negative", fontsize=10)
+        axis.set_title(f"{NAMES[method]}\n{share} vulnerable negative", fontsize=10)
         axis.set_xlim(0, np.percentile(margin, 99.5) * 1.05)
     figure.supxlabel(f"margin R ({scale.unit}); vulnerable: R < {below * scale.factor:g}", fontsize=10)
     np.atleast_1d(axes)[0].set_ylabel(f"speed dR/dt ({scale.unit}\nper unit length of the update)")
@@ -102,12 +101,13 @@ def margins(path: Path, samples: dict[str, np.ndarray], history: Sequence[dict[s
     figure, axes = plt.subplots(1, panels, figsize=(5 * panels, 3.6), layout="constrained", squeeze=False)
     axis = axes[0, 0]
     positive = {split: values[(values > 0) & np.isfinite(values)] * scale.factor for split, values in samples.items()}
-    highest = max(np.percentile(values, 99) for values in positive.values() if len(values))
+    highest = max((np.percentile(values, 99) for values in positive.values() if len(values)), default=1.0)
     bins = np.linspace(0, highest, 31)
     for split, values in positive.items():
         colour, line, _ = styles[split]
         weights = np.full(len(values), 100 / max(len(values), 1))
-        label = f"{split} ({len(values)} correct, median {np.median(values):.2f})"
+        median = f", median {np.median(values):.2f}" if len(values) else ""
+        label = f"{split} ({len(values)} correct{median})"
         axis.hist(
             values, bins, weights=weights, histtype="step", color=colour, linestyle=line, linewidth=1.6, label=label
         )
@@ -119,7 +119,9 @@ def margins(path: Path, samples: dict[str, np.ndarray], history: Sequence[dict[s
         for split, (colour, line, marker) in styles.items():
             of_split = sorted((row for row in history if row["split"] == split), key=lambda row: row["epoch"])
             epochs = [row["epoch"] for row in of_split]
-            q10, q50, q90 = (np.array([row[key] for row in of_split]) * scale.factor for key in ("q10", "q50", "q90"))
+            # None, for a checkpoint without correct examples or a margin that was not found, becomes a gap.
+            columns = {key: np.array([row[key] for row in of_split], float) for key in ("q10", "q50", "q90")}
+            q10, q50, q90 = (values * scale.factor for values in columns.values())
             axis.plot(epochs, q50, color=colour, linestyle=line, marker=marker, markersize=4, label=f"{split}, median")
             axis.fill_between(epochs, q10, q90, color=colour, alpha=0.15, label=f"{split}, 10 to 90 %", linewidth=0)
         axis.set_ylim(bottom=0)

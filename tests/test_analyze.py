@@ -1,0 +1,206 @@
+"""analyze.py on a tiny run: its numbers against recounts, its choices against hand-made cases, its refusals."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import analyze
+from analyze import Search, autoattack_points, by_interval, choose_correct, measure, proportion, quantiles
+from data import Split
+from dyart.dynamics import wilson_interval
+from dyart.experiment import load_checkpoint, write_json
+from eval import load_candidate, sha256
+from tests.runs import refusal, run_training, tiny
+
+FIGURES = ["speed_over_margin", "negative_speeds", "margins", "robustness", "nearest"]
+TABLES = ["speeds", "negative_speeds", "margins", "margins_over_time", "robustness", "nearest"]
+EXAMPLES = 3
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def _number(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text or None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    assert (
+        run_training(*tiny(root, "--method", "clean", "--epochs", "3", "--save-every", "1", "--attack-iter", "1")) == 0
+    )
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def analysed(folder):
+    records = [
+        {"norm": "Linf", "eps": eps, "robust_accuracy": 0.5, "n": 20, "weights": "average", "sha256": digest}
+        for eps, digest in ((2 / 255, sha256(folder / "best.pt")), (8 / 255, "of another checkpoint"))
+    ]
+    write_json(folder / "autoattack.json", records)
+    flags = ["--examples", str(EXAMPLES), "--history-examples", "4", "--check-speeds", "2", "--nearest", "2"]
+    assert analyze.main([str(folder), *flags, "--methods", "clean", "at", "dyart", "--device", "cpu"]) == 0
+    return folder / "figures"
+
+
+def test_all_figures_and_tables_are_written(analysed):
+    assert {path.name for path in analysed.iterdir()} == {
+        *(f"{name}.png" for name in [*FIGURES, "speed_check"]),
+        *(f"{name}.csv" for name in [*TABLES, "speed_check"]),
+        "dynamics.json",
+    }
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in analysed.glob("*.png"))
+
+
+def test_summary_counts_the_negative_speeds_in_the_table(analysed):
+    summary, rows = json.loads((analysed / "dynamics.json").read_text()), read(analysed / "speeds.csv")
+    assert len(rows) == summary["found"]["boundary_points"] <= EXAMPLES
+    vulnerable = [row for row in rows if row["margin"] < summary["vulnerable_below"]]
+    for method in ("clean", "at", "dyart"):
+        counted = summary["negative_speeds_of_vulnerable"][method]
+        assert counted["total"] == len(vulnerable)
+        assert counted["negative"] == sum(row[f"speed_{method}"] < 0 for row in vulnerable)
+    for row in read(analysed / "negative_speeds.csv"):
+        inside = [r for r in rows if row["from"] <= r["margin"] < row["to"]]
+        assert row["total"] == len(inside)
+        assert row["negative"] == sum(r[f"speed_{row['method']}"] < 0 for r in inside)
+
+
+def test_history_has_each_checkpoint_of_the_run_and_splits(analysed, folder):
+    rows = read(analysed / "margins_over_time.csv")
+    names = ["best.pt", "epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt"]
+    assert sorted({row["checkpoint"] for row in rows}) == names
+    assert {(row["checkpoint"], row["epoch"]) for row in rows} == {
+        (name, load_checkpoint(folder / name)["epoch"]) for name in names
+    }
+    assert len(rows) == 2 * len(names)
+
+
+def test_robust_share_starts_at_accuracy_and_falls(analysed, folder):
+    rows = read(analysed / "robustness.csv")
+    accuracy = sum(row["margin"] > 0 for row in read(analysed / "margins.csv") if row["split"] == "test") / EXAMPLES
+    assert rows[0]["eps"] == 0
+    assert rows[0]["exact"] == pytest.approx(accuracy)
+    for key in ("exact", "soft"):
+        shares = [row[key] for row in rows]
+        assert shares == sorted(shares, reverse=True)
+
+
+def test_autoattack_is_that_of_the_same_weights_and_norm(analysed, folder):
+    identity = load_candidate(folder / "best.pt", "average", dict.fromkeys(analyze.MODEL_SETTINGS), print).identity
+    (point,) = autoattack_points(folder, identity, "Linf")
+    assert point["eps"] == pytest.approx(2 / 255)
+    assert (point["low"], point["high"]) == wilson_interval(10, 20)
+    assert autoattack_points(folder, identity, "L2") == []
+    assert autoattack_points(None, identity, "Linf") == []
+
+
+def test_the_optimizers_step_is_analysed_on_the_weights_that_it_trains(folder, tmp_path):
+    flags = ["--examples", "2", "--methods", "clean", "--device", "cpu", "--output-dir", str(tmp_path)]
+    for direction in ("gradient", "step"):
+        assert analyze.main([str(folder), *flags, "--direction", direction, "--nearest", "1"]) == 0
+        summary = json.loads((tmp_path / "dynamics.json").read_text())
+        expected = ("best.pt", "average") if direction == "gradient" else ("latest.pt", "raw")
+        assert (summary["checkpoint"], summary["weights"]) == expected
+
+
+def test_a_bare_file_needs_its_model_named(folder, tmp_path, capsys):
+    state = load_checkpoint(folder / "best.pt")
+    torch.save(state["average"], tmp_path / "weights.pt")
+    assert "--model" in refusal(capsys, str(tmp_path / "weights.pt"), main=analyze.main)
+    flags = ["--model", "wrn-10-1-swish", "--dataset", "digits", "--output-dir", str(tmp_path / "out")]
+    flags += ["--examples", "2", "--methods", "clean", "--nearest", "1", "--device", "cpu"]
+    assert analyze.main([str(tmp_path / "weights.pt"), *flags]) == 0
+    assert not (tmp_path / "out" / "margins_over_time.csv").exists()
+
+
+def test_one_line_for_what_cannot_be_analysed(folder, tmp_path, capsys):
+    def refused(*argv):
+        return refusal(capsys, *argv, main=analyze.main)
+
+    assert "or --toy" in refused()
+    assert "or --toy" in refused(str(folder), "--toy")
+    assert "no such experiment folder" in refused(str(tmp_path / "nowhere"))
+    assert "best2.pt" in refused(str(folder), "--checkpoint", "best2.pt")
+    assert "'0' is not a whole number at least 1" in refused(str(folder), "--examples", "0")
+    assert "--examples 41: the model classifies only" in refused(str(folder), "--examples", "41", "--device", "cpu")
+    best = str(folder / "best.pt")
+    assert "--direction step: " in refused(best, "--direction", "step", "--device", "cpu")
+
+
+class Threshold(nn.Module):
+    """Class 1 where the mean pixel is above 0.5, with logits ±4 (mean − 0.5); class 2 never."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(4.0))
+
+    def forward(self, x):
+        value = self.scale * (x.flatten(1).mean(1) - 0.5)
+        return torch.stack([-value, value, torch.full_like(value, -100.0)], 1)
+
+
+def grey(levels):
+    return torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 4, 4, 3)
+
+
+def test_margin_is_zero_where_wrong_and_the_distance_where_right():
+    split = Split(grey([0, 51, 204, 255]), torch.tensor([0, 1, 1, 1]))
+    margin = measure(Threshold(), split, Search("Linf", math.inf, 10, 3), {}, "")["margin"]
+    assert margin[1] == 0
+    assert margin[[0, 2, 3]] == pytest.approx([0.5, 0.3, 0.5], abs=3e-3)
+
+
+def test_margin_is_infinite_where_no_boundary_point_was_found():
+    class Constant(Threshold):
+        def forward(self, x):
+            return super().forward(x) * 0 + torch.tensor([1.0, 0.0, 0.0])
+
+    margin = measure(Constant(), Split(grey([9, 9]), torch.tensor([0, 1])), Search("Linf", math.inf, 3, 2), {}, "")
+    assert margin["margin"].tolist() == [math.inf, 0]
+
+
+def test_only_correct_examples_are_chosen_in_order_over_batches():
+    split = Split(grey([0, 1, 255, 2, 3]), torch.tensor([0, 1, 1, 0, 0]))
+    chosen = choose_correct(Threshold(), split, 3, math.inf, 2)
+    assert chosen.images[:, 0, 0, 0].tolist() == [0, 255, 2]
+    assert chosen.labels.tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match="only 4 of the training images"):
+        choose_correct(Threshold(), split, 5, math.inf, 2)
+
+
+def test_intervals_hold_each_example_once():
+    margin, speed = np.array([0.0, 0.5, 1.0, 2.9, 3.0]), np.array([-1.0, 1.0, -1.0, -1.0, -1.0])
+    rows = by_interval(margin, speed, "at", 1.0, 3.0)
+    assert [(row["from"], row["to"], row["negative"], row["total"]) for row in rows] == [
+        (0, 1, 1, 2),
+        (1, 2, 1, 1),
+        (2, 3, 1, 1),
+    ]
+    assert (rows[0]["low"], rows[0]["high"]) == wilson_interval(1, 2)
+    assert proportion(np.array([]))["share"] is None
+
+
+def test_quantiles_are_of_correct_examples_and_count_unfound_margins_as_largest():
+    row = quantiles(np.array([0.0, 0.0, 1.0, 2.0, 3.0, math.inf, math.inf]))
+    assert (row["examples"], row["correct"]) == (7, 5)
+    assert (row["q10"], row["q25"], row["q50"], row["q75"], row["q90"]) == (1, 2, 3, None, None)
+    assert quantiles(np.zeros(2))["q50"] is None
+
+
+def test_toy_is_drawn_and_small(tmp_path, capsys):
+    assert analyze.main(["--toy", "--output-dir", str(tmp_path)]) == 0
+    assert "AT: 4 of 5 vulnerable points lose margin; DyART: 1 of 5" in capsys.readouterr().out
+    assert 10_000 < (tmp_path / "toy.png").stat().st_size < 200_000
