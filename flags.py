@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -81,7 +82,7 @@ def device(name: str) -> torch.device:
     """The device called `name`. Raises ValueError where there is none of that name on this machine."""
     try:
         found = torch.device(name)
-        torch.zeros(1, device=found)
+        torch.zeros(1, device=found).item()  # "meta" is a device, but one without values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
     return found
@@ -97,9 +98,14 @@ def check_writable(folder: str | Path, flag: str) -> None:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's main; what is wrong with its input (ValueError, OSError) ends in one line and exit status 2."""
+    """Run a script's main; what is wrong with its input (ValueError, OSError) ends in one line and exit status 2.
+
+    Ctrl-C where main does not take it ends with 128 + SIGINT, as a signal does elsewhere.
+    """
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -307,6 +307,7 @@ def test_an_anomaly_is_named_where_it_is_asked_for(
         ("--model resnet19", "unknown model 'resnet19': accepted are"),
         ("--dataset mnist", "'mnist' is not one of cifar10, cifar100, tiny-imagenet, digits"),
         ("--device cuda:77", "--device cuda:77: not to be had here"),
+        ("--device meta", "--device meta: not to be had here"),
         ("--epochs 0", "--epochs: '0' is not a whole number at least 1"),
         ("--lr -1", "--lr: '-1' is not a number above 0"),
         ("--attack-eps 0", "--attack-eps.*'0' is not a number above 0"),
@@ -333,3 +334,17 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_made(
     error = refusal(capsys, *tiny(tmp_path / "out"), *flags.format(tmp=tmp_path).split())
     assert re.search(pattern.format(tmp=re.escape(str(tmp_path))), error), error
     assert files(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_before_training_ends_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_data", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.flags.run(lambda: run_training(*tiny(tmp_path)))
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == ""
+    assert not list(tmp_path.iterdir())
