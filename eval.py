@@ -130,7 +130,9 @@ def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Call
     settings = model_settings(state, path, given)
     kind, state_dict = pick_weights(state, weights, path)
 
-    model = build_model({**settings, "channels_last": False})
+    # In the memory format of its training, which is the quicker one on the CPU.
+    channels_last = state.get("settings", {}).get("channels_last") is True
+    model = build_model({**settings, "channels_last": channels_last})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load_weights(model, state_dict, str(path))
