@@ -50,7 +50,7 @@ def test_dyart_on_digits_withstands_autoattack_where_its_burn_in_does_not(tmp_pa
     burn_in, dyart = json.loads((folder / "autoattack.json").read_text())
     assert (burn_in["checkpoint"], dyart["checkpoint"]) == ("burn_in.pt", "best.pt")
     assert burn_in["clean_accuracy"] > 0.4 and dyart["clean_accuracy"] > 0.4
-    assert dyart["robust_accuracy"] >= burn_in["robust_accuracy"] + 0.2
+    assert dyart["robust_accuracy"] >= burn_in["robust_accuracy"] + 0.15
 
 
 # --- What a run writes ------------------------------------------------------------------------------------------------
