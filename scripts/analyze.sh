@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
-# The paper's pictures of the decision boundary: of a burn-in's end (natural) and of the best checkpoint of a run.
-#   scripts/analyze.sh experiments/NAME [flags of analyze.py, e.g. --examples 300 --check-speeds 100]
+# The paper's pictures of the decision boundary: of the end of the burn-in, where the run had one, and of its best
+# checkpoint. Into FOLDER/figures/burn_in and FOLDER/figures.
+#     bash scripts/analyze.sh FOLDER [FLAGS OF analyze.py]
 set -euo pipefail
-here=$(cd "$(dirname "$0")/.." && pwd)
-folder=${1:?usage: scripts/analyze.sh FOLDER [flags of analyze.py]}
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ $# -gt 0 ] || {
+    echo "usage: bash scripts/analyze.sh FOLDER [FLAGS OF analyze.py]" >&2
+    exit 2
+}
+folder="$1"
 shift
-[ -e "$folder/burn_in.pt" ] &&
-    python "$here/analyze.py" "$folder" --checkpoint burn_in.pt --output-dir "$folder/figures/burn_in" "$@"
-python "$here/analyze.py" "$folder" "$@"
+if [ -e "$folder/burn_in.pt" ]; then
+    "$PYTHON" "$ROOT/analyze.py" "$folder" --checkpoint burn_in.pt --output-dir "$folder/figures/burn_in" "$@"
+fi
+exec "$PYTHON" "$ROOT/analyze.py" "$folder" "$@"
