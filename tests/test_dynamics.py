@@ -122,15 +122,15 @@ def test_speed_of_a_network_is_the_change_of_its_margins_up_to_the_step(norm, te
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_speed_with_x_is_exact_where_the_closest_point_lies_on_the_box(norm):
-    """Half of the coordinates start within 0.01 of a face, so that the others have to make up for them."""
+    """Half of the coordinates start within 0.04 of a face, so that the others have to make up for them."""
     model = linear(dim=8)
     x, _ = correct_points(model, 50, (8,), 0.3, 0.7)
-    x[:, ::2] = 0.01
+    x[:, ::2] = 0.04
     with torch.no_grad():
         w = (model.weight[0] - model.weight[1]).clone()
         w[::2] = w[::2].abs()
         model.weight[0], model.weight[1] = w, 0
-        model.bias[0], model.bias[1] = 0.2 - w @ x.mean(0), 0
+        model.bias[0], model.bias[1] = 0.3 - w @ x.mean(0), 0
     y = torch.zeros(50, dtype=torch.int64)
     direction, length = random_direction(model), 1e-5
     search = {"norm": norm, "temperature": math.inf, "steps": 50}
@@ -142,7 +142,7 @@ def test_speed_with_x_is_exact_where_the_closest_point_lies_on_the_box(norm):
     exact = boundary_speed(model, start, y, direction, norm=norm, temperature=math.inf, x=x)
     paper = boundary_speed(model, start, y, direction, norm=norm, temperature=math.inf)
     relative = ((change - exact).abs() / exact.abs())[both]
-    assert relative.median() < 1e-2
+    assert relative.median() < 2e-3
     # Without the box the speed keeps its sign and loses size.
     assert (paper.sign() == exact.sign())[both].all()
     assert (paper.abs() < 0.9 * exact.abs())[both].float().mean() > 0.5
