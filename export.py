@@ -137,7 +137,7 @@ def train_command(settings: Mapping[str, Any]) -> str:
 
 def eval_command(record: Mapping[str, Any], out: Path) -> str:
     """The command that evaluates the exported weights as a record says."""
-    eps = record["eps_text"]
+    eps = record["eps_text"].removesuffix("/255") if record["norm"] == "Linf" else record["eps"]
     words = ["python", "eval.py", out.name, "--model", record["model"], "--dataset", record["dataset"]]
     words += [f"--{name.replace('_', '-')}" for name in ("group_norm", "normalize") if record[name]]
     words += ["--eps", eps, "--norm", record["norm"], "--version", record["version"], "--n", record["n"]]
@@ -162,10 +162,9 @@ def main(argv: list[str] | None = None) -> int:
 
     Experiment.open(folder)  # Says so where it is none.
     candidate = load_candidate(folder / args.checkpoint, args.weights, dict.fromkeys(MODEL_SETTINGS), print)
-    weights = {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
     text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
     temporary = out.with_name(f".{out.name}.tmp")
-    torch.save(weights, temporary)
+    torch.save(dict(candidate.model.state_dict()), temporary)
     os.replace(temporary, out)
     text_file.write_text(text)
     print(f"weights  {out}\nclaim    {text_file}")

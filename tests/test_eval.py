@@ -323,6 +323,21 @@ def test_a_changed_checkpoint_gets_a_record_beside_the_old_one_and_its_progress_
     assert not (tmp_path / "autoattack.unfinished.json").exists()
 
 
+def test_progress_that_a_crash_left_beside_its_finished_record_is_void(toy, digits, tmp_path, monkeypatch):
+    write = evaluation.write_json
+
+    def crash_after_the_record(path: Path, value: Any) -> None:
+        write(path, value)
+        if path.name == "autoattack.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation, "write_json", crash_after_the_record)
+        evaluate(toy, digits, tmp_path, n=10)
+    assert json.loads((tmp_path / "autoattack.unfinished.json").read_text()) != []
+    assert evaluation.Results(tmp_path / "autoattack").unfinished(identity(n=10)) is None
+
+
 def test_what_is_unfinished_of_another_evaluation_stays(toy, digits, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(ShortAutoAttack, "run_standard_evaluation", raise_interrupt)
@@ -419,6 +434,13 @@ def test_an_experiment_folder_from_the_command_line(folder, capsys):
     again = json.loads((folder / "autoattack.json").read_text())
     assert [figures(record) for record in again] == [figures(record) for record in records]
     assert again[3]["seconds"] != records[3]["seconds"]
+
+
+def test_an_interrupt_is_logged_and_not_a_traceback(folder, monkeypatch):
+    monkeypatch.setattr(ShortAutoAttack, "run_standard_evaluation", raise_interrupt)
+    assert evaluation.main([str(folder), "--n", "20", "--device", "cpu"]) == 130
+    assert "interrupted; the same command goes on after the last finished batch" in (folder / "eval.log").read_text()
+    assert not (folder / "autoattack.json").exists()
 
 
 def test_raw_weights(folder):

@@ -1,0 +1,209 @@
+"""Exported weights as RobustBench loads them, and the claim beside them."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import eval as evaluation
+import export
+import settings
+from dyart.experiment import Experiment
+from models import create_model
+
+MODEL = "wrn-16-1-swish"
+
+
+def run_settings(*argv: str) -> dict[str, Any]:
+    given = settings.parse(["--dataset", "cifar10", "--model", MODEL, "--method", "at", "--device", "cpu", *argv])
+    return settings.resolve(given)
+
+
+def new_model(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = create_model(MODEL)
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    values = run_settings()
+    with Experiment.create(tmp_path, "run", values, echo=lambda message: None) as experiment:
+        weights = {"average": new_model(0).state_dict(), "model": new_model(1).state_dict()}
+        experiment.save_best({"settings": values, "epoch": 3, **weights})
+    return experiment.folder
+
+
+def add_record(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A record such as eval.py writes, of the folder's best.pt."""
+    path = folder / "autoattack.json"
+    record = {"dataset": "cifar10", "model": MODEL, "group_norm": False, "normalize": False, "checkpoint": "best.pt"}
+    record |= {"sha256": evaluation.sha256(folder / "best.pt"), "weights": "average", "norm": "Linf", "eps": 8 / 255}
+    record |= {"eps_text": "8/255", "version": "standard", "n": 10000, "seed": 0, "batch_size": 250}
+    record |= {"test_size": 10000, "clean_accuracy": 0.9369, "robust_accuracy": 0.6389, "date": "", **changes}
+    path.write_text(json.dumps([*(json.loads(path.read_text()) if path.exists() else []), record]))
+    return record
+
+
+def robustbench_names() -> list[str]:
+    """The state dict of RobustBench 1.1.1's DMWideResNet(depth=16, width=1), in order."""
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    names = ["init_conv.weight"]
+    for group in range(3):
+        for block in range(2):
+            where = f"layer.{group}.block.{block}"
+            for part in range(2):
+                names += [f"{where}.batchnorm_{part}.{name}" for name in norm] + [f"{where}.conv_{part}.weight"]
+            # With width 1 the first group keeps its 16 channels, and needs no shortcut.
+            names += [f"{where}.shortcut.weight"] * (block == 0 and group > 0)
+    return [*names, *(f"batchnorm.{name}" for name in norm), "logits.weight", "logits.bias"]
+
+
+def test_exported_weights_are_a_plain_state_dict_in_robustbenchs_names(folder, tmp_path):
+    assert export.main([str(folder), str(tmp_path / "out.pt")]) == 0
+    exported = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert list(exported) == robustbench_names()
+    assert all(type(value) is torch.Tensor and value.is_contiguous() for value in exported.values())
+    for name, value in new_model(0).state_dict().items():
+        torch.testing.assert_close(exported[name], value, rtol=0, atol=0)
+
+
+def test_robustbench_itself_loads_them(folder, tmp_path):
+    architectures = pytest.importorskip("robustbench.model_zoo.architectures.dm_wide_resnet")
+    utils = pytest.importorskip("robustbench.utils")
+    export.main([str(folder), str(tmp_path / "out.pt")])
+    model = architectures.DMWideResNet(depth=16, width=1, activation_fn=nn.SiLU)
+    state = utils.rm_substr_from_state_dict(torch.load(tmp_path / "out.pt"), "module.")
+    model.load_state_dict(state, strict=True)
+    x = torch.rand(8, 3, 32, 32)
+    torch.testing.assert_close(model.eval()(x), new_model(0)(x))
+
+
+def test_raw_weights(folder, tmp_path):
+    export.main([str(folder), str(tmp_path / "out.pt"), "--weights", "raw"])
+    exported = torch.load(tmp_path / "out.pt", weights_only=True)
+    torch.testing.assert_close(exported["logits.weight"], new_model(1).state_dict()["logits.weight"], rtol=0, atol=0)
+    assert "the raw weights of `best.pt`" in (tmp_path / "out.md").read_text()
+
+
+def test_a_full_record_makes_a_claim(folder, tmp_path):
+    record = add_record(folder)
+    add_record(folder, eps=4 / 255, eps_text="4/255", robust_accuracy=0.8)
+    add_record(folder, sha256="0" * 64, robust_accuracy=0.1234)
+    add_record(folder, weights="raw", robust_accuracy=0.4321)
+    export.main([str(folder), str(tmp_path / "out.pt")])
+    text = (tmp_path / "out.md").read_text()
+    assert "| AutoAttack standard, Linf | 8/255 | all 10000 | 93.69% | 63.89% |" in text
+    assert "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% | 80.00% |" in text
+    assert "12.34" not in text  # of other weights
+    assert "43.21" not in text
+    assert "No claim" not in text
+    assert "Additional data: none" in text
+    assert "DMWideResNet(num_classes=10, depth=16, width=1, activation_fn=nn.SiLU" in text
+    assert record["sha256"] in text
+    (entry,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)  # 4/255 is on no leaderboard.
+    assert json.loads(entry) == {
+        "additional_data": False,
+        "number_forward_passes": 1,
+        "dataset": "cifar10",
+        "architecture": "WideResNet-16-1",
+        "eps": "8/255",
+        "clean_acc": "93.69",
+        "reported": "63.89",
+        "autoattack_acc": "63.89",
+    }
+
+
+@pytest.mark.parametrize("changes", [None, {"n": 9999}, {"version": "custom"}, {"sha256": "0" * 64}])
+def test_without_a_full_record_there_is_no_claim(folder, tmp_path, changes):
+    if changes is not None:
+        add_record(folder, **changes)
+    export.main([str(folder), str(tmp_path / "out.pt")])
+    text = (tmp_path / "out.md").read_text()
+    assert "**No claim can be made" in text
+    assert "```json" not in text
+
+
+@pytest.mark.parametrize(("norm", "eps", "eps_text"), [("L2", 128 / 255, "0.501961"), ("Linf", 2.5 / 255, "2.5/255")])
+def test_the_evaluation_command_of_a_claim_means_what_was_run(folder, tmp_path, capsys, norm, eps, eps_text):
+    record = add_record(folder, norm=norm, eps=eps, eps_text=eps_text, n=500, seed=7, version="custom")
+    export.main([str(folder), str(tmp_path / "out.pt")])
+    (command,) = re.findall(r"^python eval.py (.*)$", (tmp_path / "out.md").read_text(), re.MULTILINE)
+    capsys.readouterr()
+    evaluation.main([*shlex.split(command), "--dry-run"])
+    (word,) = re.findall(r"--eps (\S+)", command)
+    assert evaluation.parse_eps(word, norm) == (eps, eps_text)
+    words = capsys.readouterr().out
+    for name in ("norm", "version", "n", "seed", "batch_size", "model", "dataset"):
+        assert f"\n{name}: {record[name]}\n" in words
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--method", "dyart"],
+        ["--method", "dyart", "--pretrained", "burn in/best.pt", "--clip-grad", "none", "--r0", "0.05"],
+        ["--method", "clean", "--normalize", "--tau", "0.9"],
+        ["--aux-data-filename", "a b.npz", "--method", "dyart", "--nesterov", "false", "--seed", "3"],
+        ["--method", "trades", "--beta", "3", "--group-norm", "--norm", "L2"],
+    ],
+)
+def test_the_training_command_of_a_claim_resolves_to_the_runs_settings(argv):
+    values = run_settings(*argv)
+    python, script, *words = shlex.split(export.train_command(values))
+    assert (python, script) == ("python", "train.py")
+    again = settings.resolve(settings.parse(words))
+    assert {k: v for k, v in again.items() if k not in settings.PLACE} == {
+        k: v for k, v in values.items() if k not in settings.PLACE
+    }
+
+
+def test_additional_data_is_named(folder):
+    values = run_settings("--aux-data-filename", "/data/edm 1m.npz")
+    identity = {"model": MODEL, "dataset": "cifar10", "group_norm": False, "normalize": False, "checkpoint": "best.pt"}
+    text = export.claim(values, [], {**identity, "weights": "average", "sha256": ""}, Path("out.pt"))
+    assert "Additional data: generated images of `edm 1m.npz`, 70% of each batch" in text
+
+
+def test_models_that_robustbench_has_no_class_for_say_so():
+    identity = {"model": "preact-resnet18", "dataset": "cifar10", "group_norm": True, "normalize": False}
+    assert "preact-resnet18 with GroupNorm" in export.architecture(identity)
+    assert "no class" in export.architecture(identity)
+    assert "DMPreActResNet(" in export.architecture(identity | {"model": "preact-resnet34-swish", "group_norm": False})
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["run", "run/out.pt"], "outside the experiment folder"),
+        (["run", "claim.md"], "another suffix"),
+        (["run", "none/out.pt"], "there is no folder"),
+        (["run", "there.pt"], "there.pt exists; --force overwrites it"),
+        (["run", "other.pt"], "other.md exists; --force overwrites it"),
+        (["nothing", "out.pt"], "no such experiment folder"),
+        (["run", "out.pt", "--checkpoint", "none.pt"], "none.pt"),
+    ],
+)
+def test_nothing_is_overwritten_or_written_in_part(folder, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("there.pt", "other.md"):
+        Path(name).write_text("precious")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        export.main(argv)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_force_overwrites(folder, tmp_path):
+    (tmp_path / "out.pt").write_text("old")
+    assert export.main([str(folder), str(tmp_path / "out.pt"), "--force"]) == 0
+    assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == robustbench_names()
