@@ -1,0 +1,45 @@
+"""End compare_searches.sh: the accuracies of both searches side by side, and the spread over the seeds.
+
+    python scripts/compare_searches_report.py FOLDER OUTPUT.json
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import flags
+from dyart.experiment import Experiment, read_json, write_json
+
+FIGURES = {"clean_accuracy": "clean", "robust_accuracy": "AutoAttack 4/255"}
+
+
+def main() -> int:
+    """Print the table of all FOLDER/SEARCH-SEED, and write it with each run's figures."""
+    folder, output = Path(sys.argv[1]), Path(sys.argv[2])
+    runs = []
+    for place in sorted(folder.glob("fa*-*")):
+        record = read_json(place / "autoattack.json")[-1]
+        epoch = Experiment.open(place).read_metrics()[-1]
+        search, seed = place.name.split("-")
+        run = {"search": search, "seed": int(seed), "training_seconds": epoch["seconds"]}
+        runs.append(run | {key: record[key] for key in ("model", "n", "eps", "version", *FIGURES)})
+    if not runs:
+        raise ValueError(f"{folder} has no finished runs; make them with scripts/compare_searches.sh")
+
+    print(f"\n{'search':8}{'':>18}{'mean':>8}{'spread':>8}   seeds ({runs[0]['n']} images, accuracy in %)")
+    summary = {}
+    for search in ("fast", "fab"):
+        for key, label in FIGURES.items():
+            values = [100 * run[key] for run in runs if run["search"] == search]
+            mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+            summary[f"{search}, {key}"] = {"mean": mean / 100, "standard_deviation": spread / 100}
+            print(f"{search:8}{label:>18}{mean:8.1f}{spread:8.1f}   " + " ".join(f"{value:.1f}" for value in values))
+    write_json(output, {"summary": summary, "runs": runs})
+    print(f"figures in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,106 @@
+"""bench.py: that it runs, that its figures are what they are called, and that what it says of memory is measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from data import DATASETS
+from models import create_model
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ["--dataset", "digits", "--model", "wrn-10-1-swish", "--batch-size", "8", "--threads", "1"]
+
+
+def options(*more):
+    return vars(bench.build_parser().parse_args([*DIGITS, *more]))
+
+
+def test_smoke_run(tmp_path):
+    output = tmp_path / "new" / "bench.json"
+    command = [sys.executable, ROOT / "bench.py", "--smoke", "--threads", "1", "--device", "cpu", "--output", output]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(output.read_text())
+    (subject,) = report["subjects"]
+    assert subject["correct"] > 0.5
+    times = subject["times"]
+    assert set(bench.STEPS) <= set(times)
+    for name, of in bench.BASES.items():
+        assert times[name]["of"] == of
+        ratio = times[name]["seconds"]["median"] / times[of]["seconds"]["median"]
+        assert times[name]["ratio"]["median"] == pytest.approx(ratio)  # there is one round
+        assert name in run.stdout
+    assert times["search, fab"]["ratio"]["median"] > 2
+    assert set(subject["memory"]) == {"clean step", "DyART step"}
+    assert subject["memory"]["clean step"]["mib"] > 1
+    reference, fast, released = subject["quality"]
+    assert reference["ratio_mean"] == 1
+    assert fast["search"] == f"fast, {bench.SEARCHES['fast'][1]} steps"
+    assert 0.9 < fast["ratio_mean"] < released["ratio_mean"] * 1.1
+
+
+def test_weights_of_a_file_are_measured_on_a_balanced_batch(tmp_path):
+    digits = DATASETS["digits"]
+    model = create_model("wrn-10-1-swish", mean=digits.mean, std=digits.std)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    subject = bench.load_subject(str(tmp_path / "weights.pt"), options("--examples", "20"))
+    assert subject.y.bincount().tolist() == [2] * 10
+    with torch.no_grad():
+        torch.testing.assert_close(subject.model(subject.x), model.eval()(subject.x))
+    assert subject.identity["checkpoint"] == "weights.pt"
+
+
+def test_a_step_is_repeatable_and_leaves_its_subject_alone():
+    subject = bench.load_subject(None, options("--examples", "8"))
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    for name in bench.STEPS:
+        bench.training_step(subject, name, options())()
+    assert all(torch.equal(value, before[name]) for name, value in subject.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in subject.model.parameters())
+
+
+def test_resident_memory_sees_what_is_touched():
+    before = bench.resident("VmRSS")
+    held = torch.ones(2**25)
+    assert 2**17 * 0.9 < bench.resident("VmRSS") - before < 2**17 * 1.2
+    del held
+
+
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_no_correct_example_is_no_quality(amp, tmp_path):
+    torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "weights.pt")
+    subject = bench.load_subject(str(tmp_path / "weights.pt"), options("--amp", amp, "--examples", "8"))
+    assert not subject.correct().any()
+    assert bench.measure_quality(subject, options("--examples", "8")) == []
+
+
+def test_spread():
+    assert bench.spread([3.0]) == {"median": 3, "quartile_1": 3, "quartile_3": 3}
+    assert bench.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3, "quartile_1": 2, "quartile_3": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.pt", "--model", "wrn-10-1-swish"], "nowhere.pt"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--output", "/dev/null/bench.json"], "--output /dev/null"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        bench.main(arguments)
+
+
+def test_bad_flags_end_in_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        bench.main(["--batch-size", "0"])
+    assert exit_.value.code == 2
+    assert "--batch-size" in capsys.readouterr().err
