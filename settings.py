@@ -183,6 +183,7 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--save-every", "--save_intermediate_models", type=whole(), default=0, help="epochs, to epoch_NNNN.pt"
     )
+    g.add_argument("--track-dynamics", type=whole(), default=0, help="epochs: speeds into metrics.csv; 0: never")
     g.add_argument("--checkpoint-minutes", type=optional(positive), default=None, help="also within an epoch")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     g.add_argument("--amp", choices=["none", "bf16"], default="none", help="mixed precision")
@@ -205,7 +206,7 @@ def build_parser() -> flags.Parser:
 # Flags that are not settings of a run: what to do rather than what to train.
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
-PLACE = ("data_dir", "device", "save_every", "checkpoint_minutes", "detect_anomaly", "compile")
+PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly", "compile")
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
 NULLABLE |= {"pretrained", "aux_data_filename", "checkpoint_minutes"}
 

@@ -30,6 +30,7 @@ import flags
 from data import DATASETS, Loader, Split, balanced_subset, hold_out, load_auxiliary, load_data, to_input
 from dyart.attacks import pgd
 from dyart.averaging import WeightAverage
+from dyart.dynamics import negative_speed_share
 from dyart.experiment import Experiment, ExperimentError, Loaded, check_settings, load_checkpoint
 from dyart.losses import LOSSES
 from dyart.schedules import SCHEDULES
@@ -441,6 +442,7 @@ def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> Non
             try:
                 train_epoch(run, experiment, signals)
                 scores = validate(run.average.model, data.validation, settings, signals)
+                scores |= track_dynamics(run, data.train)
             except Interrupted:
                 run.check_finite(experiment)
                 experiment.save_latest(run.checkpoint())
@@ -520,6 +522,23 @@ def anomalies_detected(enabled: bool, run: Run) -> Iterator[None]:
                 raise
             where = f"epoch {run.progress.epoch + 1}, batch {run.progress.step + 1}"
             raise Diverged(f"{error} (--detect-anomaly, {where}; the traceback above shows its forward pass)") from None
+
+
+def track_dynamics(run: Run, split: Split) -> dict[str, float | None]:
+    """The share of negative speeds below 8/255, in the epochs that --track-dynamics asks for.
+
+    Of the boundary of the trained model as it is, along minus the gradient of the stage's loss on a fixed batch, the
+    first training images as they are.
+    """
+    every, method = run.settings["track_dynamics"], run.stage.method
+    if not every or (run.progress.epoch + 1) % every:
+        return {}
+    rows, device = slice(run.stage.batch_size), run.loader.device
+    x, y = to_input(split.images[rows]).to(device), split.labels[rows].to(device)
+    share = negative_speed_share(
+        run.model, x, y, method, norm=run.settings["norm"], options=loss_options(run.settings, method)
+    )
+    return {"negative_speeds": None if math.isnan(share) else share}
 
 
 def skip_step(run: Run, running: list[Tensor], loss: float, norm: float, experiment: Experiment) -> None:

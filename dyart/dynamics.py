@@ -197,9 +197,7 @@ def negative_speed_share(
     norm: str = "Linf",
     temperature: float = math.inf,
     search_steps: int = 10,
-    optimizer: Optimizer | None = None,
-    clip_grad: float | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> float:
     """Of the vulnerable examples of a batch, the share that one step of `method` on that batch brings nearer still.
 
@@ -213,15 +211,15 @@ def negative_speed_share(
         The boundary; temperature inf is the exact one.
     search_steps : int
         Iterations of the "fast" search for boundary points.
-    method, optimizer, clip_grad, options
-        See `update_direction`.
+    method, options
+        The loss whose gradient is stepped along, and its arguments; see `update_direction`.
 
     Returns
     -------
     float
         In [0, 1]; nan where no example is vulnerable.
     """
-    direction = update_direction(method, model, [(x, y)], optimizer=optimizer, clip_grad=clip_grad, **options)
+    direction = update_direction(method, model, [(x, y)], **(options or {}))
     boundary = find_boundary(model, x, y, norm=norm, temperature=temperature, steps=search_steps)
     speed = boundary_speed(model, boundary, y, direction, norm=norm, temperature=temperature)
     return (speed[boundary.found & (boundary.margin < below)] < 0).double().mean().item()

@@ -59,6 +59,7 @@ CIFAR10 = {
     "aux_data_filename": None,
     "unsup_fraction": 0.7,
     "save_every": 0,
+    "track_dynamics": 0,
     "checkpoint_minutes": None,
     "device": "cuda" if torch.cuda.is_available() else "cpu",
     "amp": "none",

@@ -16,10 +16,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import train
-from data import Split
+from data import Split, to_input
+from dyart.dynamics import boundary_speed, update_direction
 from dyart.experiment import Experiment, load_checkpoint, save_checkpoint
+from dyart.margin import find_boundary
 from models import create_model
-from settings import resolve
+from settings import build_model, resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -348,3 +350,36 @@ def test_ctrl_c_before_training_ends_without_a_traceback(
     assert stop.value.code == 130
     assert capsys.readouterr().err == ""
     assert not list(tmp_path.iterdir())
+
+
+def test_dynamics_are_tracked_every_n_epochs_and_change_nothing(tmp_path):
+    """Tracking draws no random numbers and leaves the model alone: the weights are those of a run without it."""
+    tracked = ["--track-dynamics", "2", "--epochs", "3", "--scheduler", "constant"]
+    assert run_training(*tiny(tmp_path / "a", *tracked)) == 0
+    assert run_training(*tiny(tmp_path / "b", *tracked[2:])) == 0
+    with_it, without = (load_checkpoint(tmp_path / name / "run" / "latest.pt") for name in "ab")
+    for name, value in without["model"].items():
+        assert torch.equal(with_it["model"][name], value), name
+    rows = Experiment.open(tmp_path / "a" / "run").read_metrics()
+    assert [row["epoch"] for row in rows if "negative_speeds" in row] == [1, 2, 3]
+    shares = [row["negative_speeds"] for row in rows]
+    assert shares[0] is None and shares[2] is None
+    assert shares[1] is None or 0 <= shares[1] <= 1
+
+
+def test_the_tracked_share_is_that_of_vulnerable_points_of_the_first_training_images(tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--method", "clean", "--track-dynamics", "1", "--epochs", "1", "--train-subset", "64"]
+    assert run_training(*tiny(tmp_path, *flags)) == 0
+    stored = Experiment.open(folder).settings
+    model = build_model(stored)
+    model.load_state_dict(load_checkpoint(folder / "latest.pt")["model"])
+    split = train.load_splits(stored).train
+    x, y = to_input(split.images[:16]), split.labels[:16]
+    boundary = find_boundary(model, x, y, temperature=math.inf, steps=10)
+    speed = boundary_speed(model, boundary, y, update_direction("clean", model, [(x, y)]), temperature=math.inf)
+    vulnerable = boundary.found & (boundary.margin < 8 / 255)
+    assert vulnerable.any()
+    expected = (speed[vulnerable] < 0).double().mean().item()
+    (row,) = Experiment.open(folder).read_metrics()
+    assert row["negative_speeds"] == pytest.approx(expected)
