@@ -52,16 +52,16 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
         f"- Weights: `{out.name}`, the {identity['weights']} weights of `{identity['checkpoint']}`",
     ]
     lines += [f"- SHA-256 of that checkpoint: {identity['sha256']}"]
-    lines += [f"- Architecture: {architecture(identity)}", f"- Additional data: {additional_data(settings)}", ""]
+    lines += [f"- Architecture: {architecture(identity)}", f"- Additional data: {additional_data(settings)}"]
 
     if not full:
         command = f"python eval.py FOLDER --checkpoint {identity['checkpoint']} --weights {identity['weights']}"
         lines += [
             "**No claim can be made: there is no record of AutoAttack's standard version on the whole test set.**"
         ]
-        lines += [f"To make one: `{command} --eps {'8' if settings.get('norm') != 'L2' else '0.5 --norm L2'}`", ""]
+        lines += [f"To make one: `{command} --eps {'8' if settings.get('norm') != 'L2' else '0.5 --norm L2'}`"]
     if mine:
-        lines += ["| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"]
+        lines += ["", "| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"]
     for record in mine:
         images = (
             f"all {record['n']}"
@@ -77,11 +77,15 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
             lines += ["", "RobustBench's entry (link, name, authors and venue are for you to add):", "", "```json"]
             lines += [json.dumps(entry(settings, record), indent=2), "```"]
 
-    lines += ["", "## To reproduce", "", "```"]
+    commands = []
     with contextlib.suppress(ExperimentError):  # Settings that this version's flags cannot say.
         check_stored(dict(settings), "settings")
-        lines += ["# the training", train_command(settings)]
-    lines += ["# the figures, from the exported weights", *(eval_command(record, out) for record in mine), "```", ""]
+        commands += ["# the training", train_command(settings)]
+    if mine:
+        commands += ["# the figures, from the exported weights", *(eval_command(record, out) for record in mine)]
+    if commands:
+        lines += ["", "## To reproduce", "", "```", *commands, "```"]
+    lines += [""]
     return "\n".join(lines)
 
 
