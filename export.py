@@ -46,28 +46,21 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
     """
     mine = [record for record in records if all(record[name] == value for name, value in identity.items())]
     full = [record for record in mine if record["version"] == "standard" and record["n"] == record["test_size"]]
-    lines = [
-        f"# {identity['model']} on {identity['dataset']}",
-        "",
-        f"- Weights: `{out.name}`, the {identity['weights']} weights of `{identity['checkpoint']}`",
-    ]
+    lines = [f"# {identity['model']} on {identity['dataset']}", ""]
+    lines += [f"- Weights: `{out.name}`, the {identity['weights']} weights of `{identity['checkpoint']}`"]
     lines += [f"- SHA-256 of that checkpoint: {identity['sha256']}"]
     lines += [f"- Architecture: {architecture(identity)}", f"- Additional data: {additional_data(settings)}"]
 
     if not full:
+        missing = "there is no record of AutoAttack's standard version on the whole test set"
         command = f"python eval.py FOLDER --checkpoint {identity['checkpoint']} --weights {identity['weights']}"
-        lines += [
-            "**No claim can be made: there is no record of AutoAttack's standard version on the whole test set.**"
-        ]
-        lines += [f"To make one: `{command} --eps {'8' if settings.get('norm') != 'L2' else '0.5 --norm L2'}`"]
+        command += " --eps 0.5 --norm L2" if settings.get("norm") == "L2" else " --eps 8"
+        lines += ["", f"**No claim can be made: {missing}.** To make one: `{command}`"]
     if mine:
         lines += ["", "| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"]
     for record in mine:
-        images = (
-            f"all {record['n']}"
-            if record["n"] == record["test_size"]
-            else f"first {record['n']} of {record['test_size']}"
-        )
+        n, total = record["n"], record["test_size"]
+        images = f"all {n}" if n == total else f"first {n} of {total}"
         lines += [
             f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {images} "
             f"| {record['clean_accuracy']:.2%} | {record['robust_accuracy']:.2%} |"

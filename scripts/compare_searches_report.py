@@ -1,6 +1,6 @@
 """End compare_searches.sh: the accuracies of both searches side by side, and the spread over the seeds.
 
-    python scripts/compare_searches_report.py FOLDER OUTPUT.json
+python scripts/compare_searches_report.py FOLDER OUTPUT.json
 """
 
 import statistics

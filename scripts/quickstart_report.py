@@ -1,6 +1,6 @@
 """End quickstart.sh: the table of clean and robust accuracy, burn-in against DyART, and a picture of the run.
 
-    python scripts/quickstart_report.py FOLDER
+python scripts/quickstart_report.py FOLDER
 """
 
 import sys
@@ -30,7 +30,8 @@ def robust_accuracies(records: list[dict]) -> dict[str, dict[float, float]]:
 
 def print_table(table: dict[str, dict[float, float]], record: dict) -> None:
     """The table in per cent, headed by what was evaluated."""
-    print(f"\nAutoAttack ({record['version']}), {record['norm']}, the first {record['n']} test images, accuracy in %:\n")
+    attack = f"AutoAttack ({record['version']}), {record['norm']}"
+    print(f"\n{attack}, the first {record['n']} test images, accuracy in %:\n")
     print(f"{'':10}" + "".join(f"{'clean' if eps == 0 else f'{eps:g}/255':>9}" for eps in next(iter(table.values()))))
     for name, row in table.items():
         print(f"{MODELS[name][0]:10}" + "".join(f"{100 * value:9.1f}" for value in row.values()))
