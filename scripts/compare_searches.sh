@@ -20,7 +20,7 @@ for seed in ${3:-0 1 2}; do
             --pretrained "$burn_in" --search "$search" --seed "$seed" \
             --train-subset 3200 --batch-size 64 --epochs 1 --scheduler cyclic \
             --validation-size 128 --validation-attack-iter 1 --output-dir "$folder" --name "$run" --if-exists stop
-        "$PYTHON" eval.py "$folder/$run" --eps 4 --n 256 --batch-size 256 --version custom
+        "$PYTHON" eval.py "$folder/$run" --eps 4 --n 128 --batch-size 128 --version custom
     done
 done
 exec "$PYTHON" scripts/compare_searches_report.py "$folder" results/compare-searches.json
