@@ -108,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         figures["quality"] = measure_quality(subject, options) if options["examples"] else []
         report["subjects"].append(figures)
         print_tables(figures)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(output, report)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, report)
     print(f"{name}, {options['threads']} threads; figures in {output}")
     return 0
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dyart.modes import frozen
-from dyart.projection import Norm, lookup_norm
+from dyart.projection import Norm, has_fixed_shapes, lookup_norm
 
 # Examples with a smaller Φ count as misclassified: they have no margin (Xu et al., 2023, released recipe).
 CORRECT_ABOVE = 1e-9
@@ -259,7 +259,7 @@ def _search_fast(
     value, grad = linearize(origin, slice(None))
     correct = value > CORRECT_ABOVE
     everywhere = _Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
-    rows = correct.nonzero()[:, 0] if origin.device.type == "cpu" else slice(None)
+    rows = slice(None) if has_fixed_shapes(origin) else correct.nonzero()[:, 0]
     nearest = _Nearest(*(field[rows] for field in everywhere))
     x, correct = origin[rows], correct[rows]
     move = start[rows] - x

@@ -14,6 +14,11 @@ from torch import Tensor
 ACCELERATOR_STEPS = 12
 
 
+def has_fixed_shapes(x: Tensor) -> bool:
+    """Whether work on `x` keeps to shapes and numbers of steps that do not depend on values: not on the CPU."""
+    return x.device.type != "cpu"
+
+
 def project_linf(x: Tensor, w: Tensor, c: Tensor) -> Tensor:
     """The move of smallest l-infinity norm from x onto a hyperplane, within the box.
 
@@ -57,14 +62,14 @@ def _project(x: Tensor, w: Tensor, c: Tensor, rate_of: Callable[[Tensor], Tensor
     direction = torch.sign(c)[:, None] * torch.sign(w)
     room = torch.where(direction > 0, 1 - x, x)
     scale = torch.zeros_like(c)
-    on_cpu = x.device.type == "cpu"
-    for _ in range(x.shape[1] if on_cpu else ACCELERATOR_STEPS):
+    fixed = has_fixed_shapes(x)
+    for _ in range(ACCELERATOR_STEPS if fixed else x.shape[1]):
         move = scale[:, None] * rate
         missing = target - (size * torch.minimum(move, room)).sum(1)
         slope = (size * rate * (move < room)).sum(1)
         step = torch.where(slope > 0, missing / slope, 0).clamp_min(0)
         scale = scale + step
-        if on_cpu and not (step > 4 * torch.finfo(x.dtype).eps * scale).any():
+        if not fixed and not (step > 4 * torch.finfo(x.dtype).eps * scale).any():
             break
     return direction * torch.minimum(scale[:, None] * rate, room)
 

@@ -12,7 +12,8 @@ from scipy.optimize import linprog
 from dyart.projection import NORMS, lookup_norm, project_l2, project_linf
 
 PIXEL = st.sampled_from([0.0, 1.0, 0.5]) | st.floats(0, 1)
-WEIGHT = st.sampled_from([0.0, 0.0, 1.0, -1.0, 1e-8]) | st.floats(-10, 10)
+# Not tiny: with weights like 1e-17 beside 1, the references' own tolerances decide.
+WEIGHT = st.sampled_from([0.0, 0.0, 1.0, -1.0]) | st.floats(1e-3, 10) | st.floats(-10, -1e-3)
 
 
 @st.composite
@@ -23,6 +24,19 @@ def problems(draw, most_coordinates):
     w = np.array(draw(st.lists(WEIGHT, min_size=d, max_size=d)))
     share = draw(st.floats(0, 1))
     return x, w, share * w @ (extreme(x, w, draw(st.sampled_from([1, -1]))) - x)
+
+
+@pytest.mark.parametrize("project", [project_linf, project_l2])
+@pytest.mark.parametrize(
+    ("x", "w", "c", "move"),
+    [
+        ([0.0, 0.0, 1.0], [0.0, 1e-141, 1.0], 1e-141, [0.0, 1.0, 0.0]),
+        ([0.0, 0.0], [1e-8, -5.0], 5e-9, [0.5, 0.0]),
+    ],
+)
+def test_a_tiny_weight_carries_the_move_where_no_other_coordinate_has_room(project, x, w, c, move):
+    x, w, c, move = (torch.tensor([value], dtype=torch.float64) for value in (x, w, c, move))
+    torch.testing.assert_close(project(x, w, c), move)
 
 
 def extreme(x, w, sign):
@@ -134,6 +148,17 @@ def test_rows_are_independent_and_keep_their_dtype(name, dtype):
     torch.testing.assert_close((w * delta).sum(1), c, rtol=100 * torch.finfo(dtype).eps, atol=0)
     alone = torch.cat([NORMS[name].project(x[i : i + 1], w[i : i + 1], c[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(delta, alone, rtol=1e-5, atol=0)
+
+
+def test_steps_of_accelerators_meet_the_plane(monkeypatch):
+    """A fixed number of Newton steps ends on the plane that is as far as margins are, at the scale of images."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(30, 3072, generator=generator).round(decimals=1)
+    w = torch.randn(30, 3072, generator=generator) ** 3
+    c = w.abs().sum(1) * torch.logspace(-4, -1, 30)
+    monkeypatch.setattr("dyart.projection.has_fixed_shapes", lambda x: True)
+    for norm in NORMS.values():
+        torch.testing.assert_close((w * norm.project(x, w, c)).sum(1), c, rtol=1e-5, atol=0)
 
 
 def test_norms_and_duals():
