@@ -230,7 +230,7 @@ BAD = {
     **{name: [("other", "choose from")] for name in CHOICES},
     **{
         name: [(text, "a whole number at least 0") for text in ("-1", "0.5")]
-        for name in ("burn-in-epochs", "save-every")
+        for name in ("burn-in-epochs", "save-every", "track-dynamics")
     },
     "save_intermediate_models": [("ten", "a whole number at least 0")],
     "seed": [("-1", "at least 0"), ("4294967296", "at most 4294967295")],
