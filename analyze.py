@@ -159,8 +159,6 @@ def directions(subject: Subject, methods: Sequence[str], examples: Split, size: 
     result = {}
     for method in methods:
         options = loss_options(subject.settings, method)
-        if "beta" in options:
-            options["beta"] = options["beta"] or 6.0  # What AT was trained with stands for none.
         bar = tqdm(
             batches(examples, size, subject.model),
             desc=f"update of {figures.NAMES[method]}",

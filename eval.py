@@ -13,13 +13,19 @@ import fcntl
 import hashlib
 import logging
 import math
+import multiprocessing
+import os
+import pickle
 import platform
 import re
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyautoattack
@@ -68,6 +74,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    g.add_argument("--jobs", type=positive, default=1, help="checkpoints and radii at a time, which share the cores")
     flags.add_switch(g, "--again", default=False, help="evaluate also what is finished, and replace its record")
     flags.add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
@@ -277,15 +284,28 @@ def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int, num_classe
     return attack
 
 
+class Keeper(Protocol):
+    """What an evaluation needs of `Results`."""
+
+    unfinished_path: Path
+
+    def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None: ...
+    def save(self, record: dict[str, Any]) -> None: ...
+    def finish(self, record: dict[str, Any]) -> None: ...
+
+
 def evaluate(
     model: nn.Module,
     test: Split,
     identity: dict[str, Any],
-    results: Results,
+    results: Keeper,
     device: torch.device,
     log: Callable[[str], Any],
+    bar_position: int | None = None,
 ) -> dict[str, Any]:
     """Attack the first images of `test`, going on where an interrupted evaluation stopped; returns the record.
+
+    bar_position: on which line of the terminal the progress bar stands, where others stand too.
 
     pyautoattack's own state file cannot serve for that. Version 0.2.0 writes the set of attacks as a string, which
     never equals the set that it is compared with, so that restoring always fails; and it would regroup the images of
@@ -336,7 +356,7 @@ def evaluate(
         attacker.attacks_to_run = [attack]
         record["seconds"].setdefault(attack, 0.0)
         with (
-            _bar(f"{name} {attack}", batches, record["batches"], model) as bar,
+            _bar(f"{name} {attack}", batches, record["batches"], model, bar_position) as bar,
             _warnings(record, attacker.logger, log),
         ):
             for rows in batches[record["batches"] :]:
@@ -370,7 +390,7 @@ def _is_correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (model(x).argmax(dim=1) == y).cpu()
 
 
-def check_progress(record: Mapping[str, Any], results: Results) -> None:
+def check_progress(record: Mapping[str, Any], results: Keeper) -> None:
     """Hold what an interrupted evaluation left against what `evaluate` writes. Raises ExperimentError."""
     n, attacks = record["n"], VERSIONS[record["version"]]
     robust, broken, batches = (record.get(name) for name in ("robust", "broken", "batches"))
@@ -396,9 +416,10 @@ def _progress(robust: Tensor) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _bar(name: str, batches: Sequence[Tensor], done: int, model: nn.Module) -> Iterator[tqdm]:
+def _bar(name: str, batches: Sequence[Tensor], done: int, model: nn.Module, position: int | None) -> Iterator[tqdm]:
     """A progress bar over batches. Each can take minutes, so every pass through the model keeps the clock going."""
-    with tqdm(total=len(batches), initial=done, desc=name, unit="batch", leave=False, miniters=0, mininterval=1) as bar:
+    kind = {"desc": name, "unit": "batch", "leave": False, "position": position}
+    with tqdm(total=len(batches), initial=done, miniters=0, mininterval=1, **kind) as bar:
 
         def tick(*_: Any) -> None:
             bar.update(0)
@@ -443,6 +464,122 @@ def versions() -> dict[str, str]:
 def device_name(device: torch.device) -> str:
     """A device as people know it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+# --- Several at a time ------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """One evaluation: a model on a test set, as `identity` says."""
+
+    model: nn.Module
+    test: Split
+    identity: dict[str, Any]
+
+
+def evaluate_all(
+    tasks: Sequence[Task], jobs: int, results: Results, device: torch.device, log: Callable[[str], Any]
+) -> Iterator[dict[str, Any]]:
+    """The records of all tasks as they are finished, from `jobs` processes or, for one job, from this one.
+
+    On a CPU the small batches that AutoAttack comes down to do not keep several cores busy, several evaluations do:
+    each process gets its share of the threads. Only this process writes; the others send it what they found, and end
+    when it does. Raises ChildProcessError where one of them ends before.
+    """
+    if jobs == 1 or len(tasks) < 2:
+        for task in tasks:
+            yield evaluate(*task, results, device, log)
+        return
+    context = multiprocessing.get_context("spawn")
+    jobs = min(jobs, len(tasks))
+    threads = max(1, torch.get_num_threads() // jobs)
+    waiting, workers = list(tasks), {}
+    try:
+        for position in range(jobs):
+            channel, remote = context.Pipe()
+            worker = context.Process(target=_work, args=(remote, device, threads, position), daemon=True)
+            worker.start()
+            remote.close()
+            workers[channel] = worker
+        idle = list(workers)
+        while workers:
+            try:
+                for channel in idle:
+                    _hand_over(waiting.pop(0), channel, results)
+                idle = []
+                for channel in wait(list(workers)):
+                    kind, content = channel.recv()
+                    if kind == "error":
+                        raise content
+                    {"log": log, "save": results.save, "finish": results.finish}[kind](content)
+                    if kind != "finish":
+                        continue
+                    yield content
+                    if waiting:
+                        idle.append(channel)
+                    else:
+                        channel.close()
+                        workers.pop(channel).join()
+            except (EOFError, BrokenPipeError, ConnectionResetError):
+                workers[channel].join()
+                code = workers[channel].exitcode
+                raise ChildProcessError(f"the process of an evaluation ended with {code}") from None
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.join()
+
+
+def _hand_over(task: Task, channel: Connection, results: Results) -> None:
+    # Pickled here and not by the channel, which would put tensors into shared memory; containers have little of it.
+    channel.send((pickle.dumps(task), results.unfinished(task.identity), results.unfinished_path))
+
+
+class _Remote(NamedTuple):
+    """The `Keeper` of an evaluation in another process than the one that writes."""
+
+    channel: Connection
+    record: dict[str, Any] | None
+    unfinished_path: Path
+
+    def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        return self.record
+
+    def save(self, record: dict[str, Any]) -> None:
+        self.channel.send(("save", record))
+
+    def finish(self, record: dict[str, Any]) -> None:
+        self.channel.send(("finish", record))
+
+
+def _work(channel: Connection, device: torch.device, threads: int, position: int) -> None:
+    """Evaluate one task after another from `channel`, until the process that sends them ends, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that writes ends the others.
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # tqdm's own would be shared, and outlive a process that is killed.
+    torch.set_num_threads(threads)
+    make_reproducible()
+    while True:
+        try:
+            task, record, path = channel.recv()
+        except EOFError:
+            return
+        try:
+            keeper = _Remote(channel, record, path)
+            evaluate(*pickle.loads(task), keeper, device, lambda message: channel.send(("log", message)), position)
+        except (ValueError, OSError) as error:
+            channel.send(("error", error))
+
+
+def make_reproducible() -> None:
+    """The same figures again on the same machine, and logits in float32 where a GPU would round to TF32."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -513,8 +650,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     device = flags.device(args["device"])
-    # The same figures again on the same machine, and logits in float32 where a GPU would round to TF32.
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    make_reproducible()
     given = {name: args[name] for name in MODEL_SETTINGS}
     with open_place(Path(targets[0]), args["checkpoint"]) as (paths, results, log):
         candidates = [load_candidate(path, args["weights"], given, log) for path in paths]
@@ -522,16 +658,20 @@ def main(argv: list[str] | None = None) -> int:
         for test in tests:
             if args["n"] is not None and args["n"] > len(test.labels):
                 raise ValueError(f"--n {args['n']}: the test set has {len(test.labels)} images")
+        tasks = []
+        for candidate, test in zip(candidates, tests, strict=True):
+            for eps, text in radii:
+                attack = {"norm": args["norm"], "eps": eps, "eps_text": text, "version": args["version"]}
+                attack |= {"n": args["n"] or len(test.labels), "seed": args["seed"]}
+                identity = {**candidate.identity, **attack, "batch_size": args["batch_size"]}
+                known = None if again else results.finished(identity)
+                if known is None:
+                    tasks.append(Task(candidate.model, test, identity))
+                else:
+                    log(f"{summary(known)}, as evaluated before (--again to do it again)")
         try:
-            for candidate, test in zip(candidates, tests, strict=True):
-                for eps, text in radii:
-                    attack = {"norm": args["norm"], "eps": eps, "eps_text": text, "version": args["version"]}
-                    attack |= {"n": args["n"] or len(test.labels), "seed": args["seed"]}
-                    identity = {**candidate.identity, **attack, "batch_size": args["batch_size"]}
-                    record = None if again else results.finished(identity)
-                    known = "" if record is None else ", as evaluated before (--again to do it again)"
-                    record = record or evaluate(candidate.model, test, identity, results, device, log)
-                    log(summary(record) + known)
+            for record in evaluate_all(tasks, args["jobs"], results, device, log):
+                log(summary(record))
         except KeyboardInterrupt:
             log("interrupted; the same command goes on after the last finished batch")
             return 130

@@ -2,13 +2,11 @@
 # Download and prepare Tiny-ImageNet-200:  bash data/TinyImageNet-200.sh [ZIP] [--data-dir DIR]
 # With the official zip as ZIP no network is needed. Run from any directory, and again after an interruption.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="$root/.venv/bin/python"
-[ -x "$python" ] || python=python3
-"$python" -c 'import importlib.util as util, sys; sys.exit(not all(map(util.find_spec, ("torch", "PIL", "tqdm"))))' || {
-    echo "error: $python lacks the packages; run first: $python -m pip install -r $root/requirements.txt" >&2
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/common.sh"
+"$PYTHON" -c 'import importlib.util as util, sys; sys.exit(not all(map(util.find_spec, ("torch", "PIL", "tqdm"))))' || {
+    echo "error: $PYTHON lacks the packages; run first: $PYTHON -m pip install -r $ROOT/requirements.txt" >&2
     exit 2
 }
 # PYTHONSAFEPATH: a package named data in the current directory must not be taken for ours.
-PYTHONSAFEPATH=1 PYTHONPATH="$root" exec "$python" -c \
+PYTHONSAFEPATH=1 PYTHONPATH="$ROOT" exec "$PYTHON" -c \
     'import sys; from data.tiny_imagenet import main; sys.exit(main())' "$@"

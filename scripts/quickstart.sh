@@ -12,6 +12,7 @@ folder="experiments/quickstart-$(date +%Y%m%d-%H%M%S)"
     --train-subset 12800 --batch-size 128 --burn-in-batch-size 128 --burn-in-epochs 4 --epochs 2 --scheduler cyclic \
     --validation-size 256 --validation-attack-iter 10 --attack-eps 4/255 \
     --output-dir "$(dirname "$folder")" --name "$(basename "$folder")" --if-exists stop
-"$PYTHON" eval.py "$folder" --checkpoint burn_in.pt best.pt --eps 2 4 8 --n 128 --batch-size 128 --version custom
+"$PYTHON" eval.py "$folder" --checkpoint burn_in.pt best.pt --eps 2 4 8 --n 128 --batch-size 128 --version custom \
+    --jobs 2
 "$PYTHON" scripts/quickstart_report.py "$folder"
 echo "$((SECONDS - started)) seconds"

@@ -37,11 +37,14 @@ def print_table(table: dict[str, dict[float, float]], record: dict) -> None:
         print(f"{MODELS[name][0]:10}" + "".join(f"{100 * value:9.1f}" for value in row.values()))
 
 
-def draw(rows: list[dict], table: dict[str, dict[float, float]], record: dict, path: Path) -> None:
-    """Training curves, the margin that DyART pushes up, and robust accuracy over ε; written to `path`."""
+def draw(rows: list[dict], attack: str, table: dict[str, dict[float, float]], record: dict, path: Path) -> None:
+    """Training curves, the margin that DyART pushes up, and robust accuracy over ε; written to `path`.
+
+    attack: what the validation's robust accuracy is that of.
+    """
     figure, (curves, margins, robust) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     epochs = [row["epoch"] for row in rows]
-    for name, label, colour in (("val_clean", "clean", "#D55E00"), ("val_robust", "robust (PGD)", "#0072B2")):
+    for name, label, colour in (("val_clean", "clean", "#D55E00"), ("val_robust", attack, "#0072B2")):
         curves.plot(epochs, [100 * row[name] for row in rows], marker="o", color=colour, label=label)
     curves.set(xlabel="epoch", ylabel="validation accuracy [%]", title="Training", ylim=(0, None))
     curves.legend()
@@ -74,7 +77,9 @@ def main() -> int:
     if set(table) != set(MODELS):
         raise ExperimentError(f"{folder / 'autoattack.json'}: expected records of {' and '.join(MODELS)}")
     picture = folder / "figures" / "quickstart.png"
-    draw(Experiment.open(folder).read_metrics(), table, records[0], picture)
+    run = Experiment.open(folder)
+    attack = f"robust (PGD-{run.settings['validation_attack_iter']}, {255 * run.settings['attack_eps']:g}/255)"
+    draw(run.read_metrics(), attack, table, records[0], picture)
     print_table(table, records[0])
     print(f"\nmodels    {folder / 'burn_in.pt'}, {folder / 'best.pt'}\nfigures   {folder / 'autoattack.json'}")
     print(f"picture   {picture}")

@@ -3,6 +3,7 @@
 With DYART_LARGE_TESTS=1: 200 kills instead of 20, and 1,000 mutated result files instead of 50.
 """
 
+import copy
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -277,25 +279,48 @@ def raise_interrupt(*args: Any, **kwargs: Any) -> None:
     raise KeyboardInterrupt
 
 
-def test_kills_at_random_moments_change_nothing(toy, digits, tmp_path):
-    """SIGKILL again and again, some of them while a file is being written; the end is that of an undisturbed run."""
-    (tmp_path / "whole").mkdir()
+@pytest.fixture
+def toy_folder(toy, tmp_path, monkeypatch) -> Callable[[str], Path]:
+    """Makes experiment folders, whose best.pt holds the toy."""
+    monkeypatch.setattr(evaluation, "build_model", lambda settings: copy.deepcopy(toy))
+
+    def make(name: str) -> Path:
+        with Experiment.create(tmp_path, name, SETTINGS, echo=lambda message: None) as experiment:
+            weights = {"average": toy.state_dict(), "model": toy.state_dict()}
+            experiment.save_named("best", {"settings": SETTINGS, "epoch": 1, **weights})
+        return experiment.folder
+
+    return make
+
+
+def test_kills_at_random_moments_change_nothing(toy_folder):
+    """SIGKILL of the command again and again, some while a file is being written; the end is an undisturbed run's."""
+    argv = ["--eps", "20", "--n", "60", "--batch-size", "8", "--device", "cpu"]
+
+    def evaluate_in(folder: Path) -> None:
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork.
+        tqdm.set_lock(threading.RLock())  # The one that is shared would be killed with us.
+        evaluation.main([str(folder), *argv])
+
+    def records(folder: Path) -> list[dict[str, Any]]:
+        path = folder / "autoattack.json"
+        return [figures(record) for record in json.loads(path.read_text())] if path.exists() else []
+
     started = time.monotonic()
-    whole = figures(evaluate(toy, digits, tmp_path / "whole"))
+    evaluate_in(undisturbed := toy_folder("undisturbed"))
     duration = time.monotonic() - started
+    whole = records(undisturbed)
+    assert len(whole[0]["robust_accuracy_after"]) == 4
     random = torch.Generator().manual_seed(0)
     kills, rounds = 0, 0
     while kills < (200 if LARGE else 20):
         rounds += 1
-        folder = tmp_path / f"round {rounds}"
-        folder.mkdir()
-        while not (folder / "autoattack.json").exists():
+        folder = toy_folder(f"round {rounds}")
+        while not records(folder):
             child = os.fork()
             if child == 0:
                 try:
-                    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork.
-                    tqdm.set_lock(threading.RLock())  # The one that is shared would be killed with us.
-                    evaluate(toy, digits, folder)
+                    evaluate_in(folder)
                 finally:
                     os._exit(0)
             time.sleep(duration * torch.rand((), generator=random).item())
@@ -303,9 +328,9 @@ def test_kills_at_random_moments_change_nothing(toy, digits, tmp_path):
             kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
             for path in folder.glob("*.json"):
                 json.loads(path.read_text())
-        results = evaluation.Results(folder / "autoattack")
-        assert [figures(record) for record in results.records] == [whole]
-        assert results.unfinished(identity()) is None
+        evaluate_in(folder)
+        assert records(folder) == whole
+        assert not (folder / "autoattack.unfinished.json").exists()
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -441,6 +466,81 @@ def test_an_interrupt_is_logged_and_not_a_traceback(folder, monkeypatch):
     assert evaluation.main([str(folder), "--n", "20", "--device", "cpu"]) == 130
     assert "interrupted; the same command goes on after the last finished batch" in (folder / "eval.log").read_text()
     assert not (folder / "autoattack.json").exists()
+
+
+# These run AutoAttack at its full length, as other processes do not see the short one; at such radii it is soon done.
+SEVERAL = ["--eps", "128", "255", "--n", "40", "--batch-size", "1", "--checkpoint", "burn_in", "best", "-v", "custom"]
+SEVERAL += ["--device", "cpu"]
+
+
+def records_by_identity(folder: Path) -> list[dict[str, Any]]:
+    records = json.loads((folder / "autoattack.json").read_text())
+    return sorted(map(figures, records), key=lambda record: (record["checkpoint"], record["eps"]))
+
+
+def test_jobs_find_what_one_process_finds_also_after_their_death(folder, monkeypatch):
+    """Two jobs, cut by the death of the process that writes, then of one that attacks; against one job in one go."""
+    monkeypatch.setattr(evaluation, "AutoAttack", AutoAttack)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = [sys.executable, ROOT / "eval.py", folder, *SEVERAL, "--jobs", "2"]
+    unfinished = folder / "autoattack.unfinished.json"
+
+    def start() -> tuple[subprocess.Popen, list[int]]:
+        """The command under way, and its workers."""
+        before = unfinished.read_bytes() if unfinished.exists() else b""
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        while not unfinished.exists() or unfinished.read_bytes() == before:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return process, list(map(int, workers))
+
+    def ends(pid: int) -> bool:
+        for _ in range(1000):
+            path = Path(f"/proc/{pid}/stat")
+            if not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+            time.sleep(0.01)
+        return False
+
+    process, workers = start()
+    process.kill()
+    process.communicate()
+    assert len(workers) == 2
+    assert all(map(ends, workers))
+
+    process, workers = start()
+    os.kill(workers[0], signal.SIGKILL)
+    assert process.communicate()[1].endswith("eval.py: error: the process of an evaluation ended with -9\n")
+    assert process.returncode == 2
+    assert all(map(ends, workers))
+
+    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "interrupted before, going on after " in finished.stdout
+    assert not unfinished.exists()
+    several = records_by_identity(folder)
+    assert evaluation.main([str(folder), *SEVERAL, "--again"]) == 0
+    assert several == records_by_identity(folder)
+    assert len(several) == 4
+
+
+def test_jobs_refuse_damaged_progress_in_one_line(folder, monkeypatch):
+    record = dict.fromkeys(evaluation.IDENTITY) | {"date": ""}
+    identities = []
+
+    def note(model: nn.Module, test: Split, identity: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        identities.append(identity)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate", note)
+        assert evaluation.main([str(folder), *SEVERAL]) == 130
+    path = folder / "autoattack.unfinished.json"
+    kind = {"device": "cpu", "versions": evaluation.versions()}
+    path.write_text(json.dumps([record | identities[0] | kind | {"robust": "2"}]))
+    with pytest.raises(ValueError, match=r"autoattack\.unfinished\.json: damaged; remove it[^\n]+$"):
+        evaluation.main([str(folder), *SEVERAL, "--jobs", "2"])
 
 
 def test_raw_weights(folder):
