@@ -23,7 +23,15 @@ from tqdm import tqdm
 import figures
 import flags
 from data import DEFAULT_DATA_DIR, Split, load_data, to_input
-from dyart.dynamics import Direction, boundary_speed, refined_margin, unit_direction, update_direction, wilson_interval
+from dyart.dynamics import (
+    Direction,
+    boundary_speed,
+    mcnemar_p,
+    refined_margin,
+    unit_direction,
+    update_direction,
+    wilson_interval,
+)
 from dyart.experiment import Experiment, ExperimentError, load_checkpoint, read_json, write_json
 from dyart.losses import LOSSES
 from dyart.margin import CORRECT_ABOVE, Boundary, find_boundary, soft_logit_margin
@@ -50,6 +58,8 @@ def build_parser() -> flags.Parser:
     g.add_argument("--methods", nargs="+", choices=list(LOSSES), default=list(figures.NAMES), help="to compare")
     g.add_argument("--examples", type=flags.whole(least=1), default=1000, help="images of train and of test")
     g.add_argument("--boundary", choices=["exact", "soft"], default="exact", help="whose speed is shown")
+    eps = "of the baselines' attack; smaller margins are vulnerable (the run's)"
+    g.add_argument("--attack-eps", type=flags.number(above=0), default=None, help=eps)
     g.add_argument(
         "--direction", choices=["gradient", "step"], default="gradient", help="step: of latest.pt's optimizer"
     )
@@ -99,6 +109,8 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     if "settings" in state:
         settings = state["settings"]
         check_stored(settings, path)
+    if args.attack_eps is not None:
+        settings = settings | {"attack_eps": args.attack_eps, "attack_step": args.attack_eps / 4}
     if args.data_dir is not None or not Path(settings["data_dir"]).is_dir():
         settings = settings | {"data_dir": args.data_dir or str(DEFAULT_DATA_DIR)}
 
@@ -229,6 +241,18 @@ def proportion(negative: np.ndarray) -> dict[str, Any]:
         "low": low if known else None,
         "high": high if known else None,
     }
+
+
+def paired(speeds: dict[str, np.ndarray], reference: str) -> dict[str, dict[str, Any]]:
+    """Each other method against `reference`: how many examples only one of the two moves nearer, and McNemar's p."""
+    if reference not in speeds:
+        return {}
+    result, nearer = {}, speeds[reference] < 0
+    for method, speed in speeds.items():
+        if method != reference:
+            counts = int(((speed < 0) & ~nearer).sum()), int((nearer & ~(speed < 0)).sum())
+            result[method] = {"only_it": counts[0], f"only_{reference}": counts[1], "p": mcnemar_p(*counts)}
+    return result
 
 
 def check_speeds(
@@ -404,6 +428,7 @@ def analyze(args: Any) -> dict[str, Any]:
         "negative_speeds_of_vulnerable": {
             method: proportion(speed[margin < below] < 0) for method, speed in speeds.items()
         },
+        "paired_with_dyart": paired({method: speed[margin < below] for method, speed in speeds.items()}, "dyart"),
         "mean_speed_of_vulnerable": {
             method: float(speed[margin < below].mean()) if (margin < below).any() else None
             for method, speed in speeds.items()
@@ -452,6 +477,8 @@ def report(summary: dict[str, Any]) -> str:
         share = "no such example"
         if row["total"]:
             share = f"{row['share']:6.1%}  [{row['low']:.1%}, {row['high']:.1%}]  {row['negative']} of {row['total']}"
+        if other := summary["paired_with_dyart"].get(method):
+            share += f"; differs from DyART with p = {other['p']:.2g} (McNemar)"
         lines.append(f"  {figures.NAMES[method]:8}{share}")
     for method, row in summary.get("speed_check", {}).items():
         lines.append(

@@ -236,3 +236,15 @@ def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[fl
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mcnemar_p(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value of McNemar's test: are two shares of the same examples equal?
+
+    only_first, only_second: how many examples have the property in the first case only, and in the second only. If the
+    shares are equal, either is as likely for each of these: p is twice the binomial tail of the smaller number.
+
+    Source: McNemar, 1947.
+    """
+    total, fewer = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(total, count) for count in range(fewer + 1)) / 2**total)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import analyze
-from analyze import Search, autoattack_points, by_interval, choose_correct, measure, proportion, quantiles
+from analyze import Search, autoattack_points, by_interval, choose_correct, measure, paired, proportion, quantiles
 from data import Split
 from dyart.dynamics import wilson_interval
 from dyart.experiment import load_checkpoint, write_json
@@ -62,6 +62,25 @@ def test_all_figures_and_tables_are_written(analysed):
         "dynamics.json",
     }
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in analysed.glob("*.png"))
+
+
+def test_methods_are_paired_example_by_example():
+    speeds = {"dyart": [1, 1, -1, -1, 1], "at": [-1, -1, -1, 1, -1], "clean": [1, 1, -1, -1, 1]}
+    pairs = paired({name: np.array(values) for name, values in speeds.items()}, "dyart")
+    assert pairs == {
+        "at": {"only_it": 3, "only_dyart": 1, "p": 0.625},  # 2 (C(4, 0) + C(4, 1)) / 2^4
+        "clean": {"only_it": 0, "only_dyart": 0, "p": 1.0},
+    }
+    assert paired({"at": np.array([1.0])}, "dyart") == {}
+
+
+def test_the_attacks_radius_says_who_is_vulnerable(folder, tmp_path):
+    argv = [str(folder), "--examples", "3", "--methods", "at", "--device", "cpu", "--output-dir", str(tmp_path)]
+    assert analyze.main([*argv, "--history-examples", "1", "--attack-eps", "1/255"]) == 0
+    summary, rows = json.loads((tmp_path / "dynamics.json").read_text()), read(tmp_path / "speeds.csv")
+    assert summary["vulnerable_below"] == 1 / 255
+    total = summary["negative_speeds_of_vulnerable"]["at"]["total"]
+    assert total == sum(row["margin"] < 1 / 255 for row in rows) < len(rows)
 
 
 def test_summary_counts_the_negative_speeds_in_the_table(analysed):

@@ -11,6 +11,7 @@ from torch import nn
 
 from dyart.dynamics import (
     boundary_speed,
+    mcnemar_p,
     negative_speed_share,
     refined_margin,
     unit_direction,
@@ -319,3 +320,12 @@ def test_wilson_interval_is_scipys(successes, total):
 
 def test_wilson_interval_of_nothing_is_not_a_number():
     assert all(math.isnan(end) for end in wilson_interval(0, 0))
+
+
+@pytest.mark.parametrize(
+    ("only_first", "only_second"), [(0, 0), (5, 5), (1, 0), (12, 3), (3, 12), (40, 75), (700, 600)]
+)
+def test_mcnemar_p_is_scipys_binomial_test(only_first, only_second):
+    total = only_first + only_second
+    expected = binomtest(only_first, total, 0.5).pvalue if total else 1.0
+    assert mcnemar_p(only_first, only_second) == pytest.approx(expected, rel=1e-9)
