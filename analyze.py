@@ -67,7 +67,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--history-examples", type=flags.whole(least=1), default=200, help="images, for other checkpoints")
     g.add_argument("--check-speeds", metavar="N", type=flags.whole(), default=0, help="measure N margins' real changes")
     g.add_argument("--nearest", type=flags.whole(least=1), default=8, help="examples shown as images")
-    g.add_argument("--batch-size", type=flags.whole(least=1), default=250, help="images at a time")
+    g.add_argument("--batch-size", type=flags.whole(least=1), default=128, help="images at a time")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the choice of images")
     g.add_argument("--data-dir", default=None, help="where prepared datasets lie (as in training)")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
