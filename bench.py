@@ -10,6 +10,7 @@ now slower disturbs the ratios little. Prints tables and writes the figures to r
 import copy
 import math
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -287,16 +288,37 @@ def spread(values: list[float]) -> dict[str, float]:
 def measure_memory(target: str | None, subject: Subject, options: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The most memory that each step takes at once, beyond model, optimizer and data, in MiB and of the clean step's.
 
-    On the CPU it is resident memory, each step in a fresh process; on a GPU it is what PyTorch has allocated there.
+    `mib` is what PyTorch has allocated. On the CPU that is seen in the resident memory of a fresh process that gives
+    every large buffer pages of its own; `resident_mib` is that of a process as it comes, where the C library keeps what
+    was freed in pieces that the next step may not fit in. The latter differs from one process to the next.
     """
-    peaks = {}
+    peaks: dict[str, dict[str, float]] = {}
     for name in ["clean step", "DyART step"] if options["smoke"] else STEPS:
         if subject.x.device.type == "cuda":
-            peaks[name] = allocated_by(training_step(subject, name, options), subject.x.device)
+            peaks[name] = {"mib": allocated_by(training_step(subject, name, options), subject.x.device)}
         elif Path("/proc/self/clear_refs").exists():
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                peaks[name] = process.apply(resident_of_step, (target, name, options))
-    return {name: {"mib": peak, "of_clean": peak / peaks["clean step"]} for name, peak in peaks.items()}
+            job = (target, name, options)
+            peaks[name] = {"mib": in_process(job, pages_of_its_own=True), "resident_mib": in_process(job)}
+    clean = peaks.get("clean step", {})
+    return {
+        name: peak | {key.removesuffix("mib") + "of_clean": value / clean[key] for key, value in peak.items()}
+        for name, peak in peaks.items()
+    }
+
+
+def in_process(job: tuple[Any, ...], *, pages_of_its_own: bool = False) -> float:
+    """What `resident_of_step` measures in a process of its own."""
+    variable = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(variable)
+    try:
+        if pages_of_its_own:
+            os.environ[variable] = str(2**17)
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            return process.apply(resident_of_step, job)
+    finally:
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def allocated_by(step: Callable[[], None], device: torch.device) -> float:
@@ -377,14 +399,18 @@ def print_tables(figures: dict[str, Any]) -> None:
     """The figures of one subject, for people."""
     weights = figures["weights"]
     print(f"\n{weights['model']}, {weights['checkpoint'] or 'untrained'}: {figures['correct']:.0%} correct\n")
-    print(f"| {'':24} | {'ms (quartiles)':>24} | {'ratio (quartiles)':>20} | {'of':24} | peak MiB | of clean |")
-    print(f"| {'-' * 24} | {'-' * 23}: | {'-' * 19}: | {'-' * 24} | -------: | -------: |")
+    print(
+        f"| {'':24} | {'ms (quartiles)':>24} | {'ratio (quartiles)':>20} | {'of':24} | peak MiB | of clean | resident |"
+    )
+    print(f"| {'-' * 24} | {'-' * 23}: | {'-' * 19}: | {'-' * 24} | -------: | -------: | -------: |")
     for name, part in figures["times"].items():
-        ratio, memory = part.get("ratio"), figures["memory"].get(name)
+        ratio, memory = part.get("ratio"), figures["memory"].get(name, {})
+        peak = [(memory.get(key), digits) for key, digits in (("mib", 0), ("of_clean", 2), ("resident_of_clean", 2))]
         print(
             f"| {name:24} | {interval(part['seconds'], 1000, 1):>24} | {interval(ratio, 1, 3) if ratio else '':>20} "
-            f"| {part.get('of', ''):24} | {format(memory['mib'], '8.0f') if memory else ' ' * 8} "
-            f"| {format(memory['of_clean'], '8.2f') if memory else ' ' * 8} |"
+            f"| {part.get('of', ''):24} | "
+            + " | ".join(" " * 8 if value is None else f"{value:8.{digits}f}" for value, digits in peak)
+            + " |"
         )
     if figures["quality"]:
         print(f"\n| {'distances, of the reference':27} | found |  kept |  mean | median |  95 % | mean |Φ| |")

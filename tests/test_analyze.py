@@ -14,6 +14,7 @@ from analyze import Search, autoattack_points, by_interval, choose_correct, meas
 from data import Split
 from dyart.dynamics import wilson_interval
 from dyart.experiment import load_checkpoint, write_json
+from dyart.margin import soft_logit_margin
 from eval import load_candidate, sha256
 from tests.runs import refusal, run_training, tiny
 
@@ -62,6 +63,39 @@ def test_all_figures_and_tables_are_written(analysed):
         "dynamics.json",
     }
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in analysed.glob("*.png"))
+
+
+def test_searches_that_missed_a_closer_point_are_told_apart(monkeypatch):
+    """A linear classifier, whose margins and speeds are known; one search ends at a boundary point that is farther."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    images = torch.full((8, 2, 2, 3), 128, dtype=torch.uint8)
+    weight = (model[1].weight[0] - model[1].weight[1]).detach()
+    with torch.no_grad():
+        logits = model(torch.full((1, 3, 2, 2), 128 / 255).double())[0]
+        model[1].bias[0] += 0.02 - (logits[0] - logits[1])
+    torch.manual_seed(1)
+    along = {"at": {name: torch.randn_like(p) / 10 for name, p in model.named_parameters()}}
+
+    def find(of, x, y, search):
+        boundary = search_boundary(of, x, y, search)
+        if of[1].weight.equal(model[1].weight):  # Example 3, before the step: along a single coordinate.
+            aside = x[3].flatten().clone()
+            aside[weight.abs().argmax()] -= 0.0201 / weight[weight.abs().argmax()]
+            boundary.x[3] = aside.view(3, 2, 2)
+            boundary.margin[3] = (boundary.x[3] - x[3]).abs().max()
+            boundary.value[3] = soft_logit_margin(of(boundary.x), y, math.inf)[3]
+        return boundary
+
+    search_boundary = analyze._find
+    monkeypatch.setattr(analyze, "_find", find)
+    examples = Split(images, torch.zeros(8, dtype=torch.int64))
+    rows, results = analyze.check_speeds(model, examples, Search("Linf", math.inf, 10, 8), along)
+    assert [row["reliable"] for row in rows] == [True] * 3 + [False] + [True] * 4
+    assert results["at"]["examples"] == 8 and results["at"]["reliable"]["examples"] == 7
+    assert results["at"]["reliable"]["median_relative_error"] < 0.01
+    for row in rows:
+        assert (abs(row["measured"] / row["speed"] - 1) < 0.01) == row["reliable"]
 
 
 def test_methods_are_paired_example_by_example():

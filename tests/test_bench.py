@@ -39,7 +39,9 @@ def test_smoke_run(tmp_path):
         assert name in run.stdout
     assert times["search, fab"]["ratio"]["median"] > 2
     assert set(subject["memory"]) == {"clean step", "DyART step"}
-    assert subject["memory"]["clean step"]["mib"] > 1
+    for peak in subject["memory"].values():
+        assert min(peak["mib"], peak["resident_mib"]) > 1
+        assert peak["of_clean"] == peak["mib"] / subject["memory"]["clean step"]["mib"]
     reference, fast, released = subject["quality"]
     assert reference["ratio_mean"] == 1
     assert fast["search"] == f"fast, {bench.SEARCHES['fast'][1]} steps"
@@ -71,6 +73,16 @@ def test_resident_memory_sees_what_is_touched():
     held = torch.ones(2**25)
     assert 2**17 * 0.9 < bench.resident("VmRSS") - before < 2**17 * 1.2
     del held
+
+
+def test_memory_is_measured_in_a_process_with_its_own_setting(monkeypatch):
+    """The environment is the caller's again, and inside the large buffers have pages of their own."""
+    monkeypatch.setattr(bench, "resident_of_step", os.getenv)
+    assert bench.in_process(("MALLOC_MMAP_THRESHOLD_",), pages_of_its_own=True) == "131072"
+    assert bench.in_process(("MALLOC_MMAP_THRESHOLD_",)) is None
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "5")
+    bench.in_process(("PATH",), pages_of_its_own=True)
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "5"
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
