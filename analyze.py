@@ -67,8 +67,10 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--direction", choices=["gradient", "step"], default="gradient", help="step: of latest.pt's optimizer"
     )
-    g.add_argument("--search-steps", type=flags.whole(least=1), default=10, help="iterations for boundary points")
-    g.add_argument("--history-examples", type=flags.whole(least=1), default=200, help="images, for other checkpoints")
+    amp = "autocast, in the updates only (the run's)"
+    g.add_argument("--amp", choices=["none", "bf16"], default=None, help=amp)
+    g.add_argument("--search-steps", type=flags.whole(least=1), default=8, help="iterations for boundary points")
+    g.add_argument("--history-examples", type=flags.whole(least=1), default=100, help="images, for other checkpoints")
     g.add_argument("--check-speeds", metavar="N", type=flags.whole(), default=0, help="measure N margins' real changes")
     g.add_argument("--nearest", type=flags.whole(least=1), default=8, help="examples shown as images")
     g.add_argument("--batch-size", type=flags.whole(least=1), default=128, help="images at a time")
@@ -115,6 +117,8 @@ def load_subject(args: Any, device: torch.device) -> Subject:
         check_stored(settings, path)
     if args.attack_eps is not None:
         settings = settings | {"attack_eps": args.attack_eps, "attack_step": args.attack_eps / 4}
+    if args.amp is not None:
+        settings = settings | {"amp": args.amp}
     if args.data_dir is not None or not Path(settings["data_dir"]).is_dir():
         settings = settings | {"data_dir": args.data_dir or str(DEFAULT_DATA_DIR)}
 
@@ -173,6 +177,8 @@ def choose_correct(model: nn.Module, split: Split, number: int, temperature: flo
 def directions(subject: Subject, methods: Sequence[str], examples: Split, size: int) -> dict[str, Direction]:
     """Each method's update on all of `examples`, from the same weights, scaled to Euclidean length 1."""
     result = {}
+    device = next(subject.model.parameters()).device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=subject.settings["amp"] == "bf16")
     for method in methods:
         options = loss_options(subject.settings, method)
         bar = tqdm(
@@ -183,7 +189,9 @@ def directions(subject: Subject, methods: Sequence[str], examples: Split, size: 
             leave=False,
         )
         step = {"optimizer": subject.optimizer, "clip_grad": subject.clip_grad}
-        result[method] = unit_direction(update_direction(method, subject.model, bar, **step, **options))
+        with autocast:
+            update = update_direction(method, subject.model, bar, **step, **options)
+        result[method] = unit_direction(update)
     return result
 
 
@@ -441,6 +449,7 @@ def analyze(args: Any) -> dict[str, Any]:
         "boundary": args.boundary,
         "temperature": None if search is exact else search.temperature,
         "direction": args.direction,
+        "amp": settings["amp"],
         "seed": args.seed,
         "search_steps": args.search_steps,
         "vulnerable_below": below,

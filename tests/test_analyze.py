@@ -65,6 +65,20 @@ def test_all_figures_and_tables_are_written(analysed):
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in analysed.glob("*.png"))
 
 
+def test_updates_are_taken_in_the_precision_of_the_run_or_of_the_flag(folder):
+    def update(*argv):
+        args = analyze.build_parser().parse_args([str(folder), "--device", "cpu", *argv])
+        subject = analyze.load_subject(args, torch.device("cpu"))
+        examples = analyze.load_splits(subject.settings)[0]
+        return analyze.directions(subject, ["at"], examples, 20)["at"]
+
+    plain, same, half = update(), update("--amp", "none"), update("--amp", "bf16")
+    cosine = sum((plain[name] * half[name]).sum() for name in plain)
+    assert all(torch.equal(plain[name], same[name]) for name in plain)
+    assert 0.9 < cosine < 0.999999
+    assert all(value.dtype == torch.float32 for value in half.values())
+
+
 def test_searches_that_missed_a_closer_point_are_told_apart(monkeypatch):
     """A linear classifier, whose margins and speeds are known; one search ends at a boundary point that is farther."""
     torch.manual_seed(0)
