@@ -74,7 +74,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    g.add_argument("--jobs", type=positive, default=1, help="checkpoints and radii at a time, which share the cores")
+    g.add_argument("--jobs", type=positive, default=1, help="evaluations at a time, which share the cores")
     flags.add_switch(g, "--again", default=False, help="evaluate also what is finished, and replace its record")
     flags.add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
@@ -483,7 +483,8 @@ def evaluate_all(
     """The records of all tasks as they are finished, from `jobs` processes or, for one job, from this one.
 
     On a CPU the small batches that AutoAttack comes down to do not keep several cores busy, several evaluations do:
-    each process gets its share of the threads. Only this process writes; the others send it what they found, and end
+    each process gets its share of the threads, whose number can change how sums are rounded, and a copy of model and
+    data. Only this process writes; the others send it what they found, and end
     when it does. Raises ChildProcessError where one of them ends before.
     """
     if jobs == 1 or len(tasks) < 2:
@@ -494,6 +495,8 @@ def evaluate_all(
     jobs = min(jobs, len(tasks))
     threads = max(1, torch.get_num_threads() // jobs)
     waiting, workers = list(tasks), {}
+    # Ctrl-C reaches all processes: the workers ignore it from their start on, and are ended by this one.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for position in range(jobs):
             channel, remote = context.Pipe()
@@ -501,33 +504,41 @@ def evaluate_all(
             worker.start()
             remote.close()
             workers[channel] = worker
-        idle = list(workers)
+        signal.signal(signal.SIGINT, interrupt)
+        for channel, worker in workers.items():
+            with _dead_named(worker):
+                _hand_over(waiting.pop(0), channel, results)
         while workers:
-            try:
-                for channel in idle:
-                    _hand_over(waiting.pop(0), channel, results)
-                idle = []
-                for channel in wait(list(workers)):
+            for channel in wait(list(workers)):
+                with _dead_named(workers[channel]):
                     kind, content = channel.recv()
-                    if kind == "error":
-                        raise content
-                    {"log": log, "save": results.save, "finish": results.finish}[kind](content)
-                    if kind != "finish":
-                        continue
-                    yield content
-                    if waiting:
-                        idle.append(channel)
-                    else:
-                        channel.close()
-                        workers.pop(channel).join()
-            except (EOFError, BrokenPipeError, ConnectionResetError):
-                workers[channel].join()
-                code = workers[channel].exitcode
-                raise ChildProcessError(f"the process of an evaluation ended with {code}") from None
+                if kind == "error":
+                    raise content
+                {"log": log, "save": results.save, "finish": results.finish}[kind](content)
+                if kind != "finish":
+                    continue
+                if waiting:
+                    with _dead_named(workers[channel]):
+                        _hand_over(waiting.pop(0), channel, results)
+                else:
+                    channel.close()
+                    workers.pop(channel).join()
+                yield content
     finally:
+        signal.signal(signal.SIGINT, interrupt)
         for worker in workers.values():
             worker.terminate()
             worker.join()
+
+
+@contextlib.contextmanager
+def _dead_named(worker: multiprocessing.process.BaseProcess) -> Iterator[None]:
+    """Say how a process ended that does not answer."""
+    try:
+        yield
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        worker.join()
+        raise ChildProcessError(f"the process of an evaluation ended with {worker.exitcode}") from None
 
 
 def _hand_over(task: Task, channel: Connection, results: Results) -> None:
@@ -554,7 +565,6 @@ class _Remote(NamedTuple):
 
 def _work(channel: Connection, device: torch.device, threads: int, position: int) -> None:
     """Evaluate one task after another from `channel`, until the process that sends them ends, however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the one that writes ends the others.
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -562,7 +572,7 @@ def _work(channel: Connection, device: torch.device, threads: int, position: int
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # tqdm's own would be shared, and outlive a process that is killed.
+    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore of the system, which a process that is killed leaves.
     torch.set_num_threads(threads)
     make_reproducible()
     while True:

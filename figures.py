@@ -179,10 +179,7 @@ def nearest(path: Path, examples: Sequence[dict[str, Any]], norm: str):
 
 
 def speed_check(path: Path, rows: Sequence[dict[str, Any]], results: dict[str, dict[str, Any]], norm: str):
-    """A panel for each method: the measured change of each margin over the length of a small step, and the speed.
-
-    Crosses: examples one of whose searches is known to have missed a closer point.
-    """
+    """A panel for each method: the measured change of each margin over the length of a small step, and the speed."""
     scale = SCALES[norm]
     figure, axes = plt.subplots(
         1, len(results), figsize=(2.6 * len(results) + 0.6, 3.4), layout="constrained", squeeze=False
@@ -192,17 +189,14 @@ def speed_check(path: Path, rows: Sequence[dict[str, Any]], results: dict[str, d
         predicted, measured = (
             np.array([row[key] for row in of_method]) * scale.factor for key in ("speed", "measured")
         )
-        reliable = np.array([row["reliable"] for row in of_method], bool)
-        ends = [min(predicted.min(), measured.min()), max(predicted.max(), measured.max())]
-        axis.plot(ends, ends, color="black", linewidth=0.8)
-        style = {"color": COLOURS[method], "alpha": 0.8}
-        axis.scatter(predicted[reliable], measured[reliable], s=9, marker=MARKERS[method], linewidth=0, **style)
-        axis.scatter(predicted[~reliable], measured[~reliable], s=20, marker="x", linewidth=1, **style)
+        if of_method:
+            ends = [min(predicted.min(), measured.min()), max(predicted.max(), measured.max())]
+            axis.plot(ends, ends, color="black", linewidth=0.8)
+        axis.scatter(predicted, measured, s=9, color=COLOURS[method], marker=MARKERS[method], linewidth=0, alpha=0.8)
         title = NAMES[method]
-        for label, part in (("all", result), ("without ×", result["reliable"])):
-            if part["correlation"] is not None:
-                title += f"\n{label}: correlation {part['correlation']:.3f}, signs {part['equal_signs']:.0%}"
-        axis.set_title(title, fontsize=8.5)
-    figure.supxlabel(f"predicted speed ({scale.unit} per unit length of update); ×: a search missed a closer point")
+        if result["correlation"] is not None:
+            title += f"\ncorrelation {result['correlation']:.3f}\nequal signs {result['equal_signs']:.1%}"
+        axis.set_title(title, fontsize=10)
+    figure.supxlabel(f"predicted speed ({scale.unit} per unit length of update)", fontsize=10)
     axes[0, 0].set_ylabel("measured change of R\nover the step's length")
     _finish(figure, path)

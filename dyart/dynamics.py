@@ -187,15 +187,6 @@ def refined_margin(x: Tensor, boundary: Boundary, norm: str = "Linf") -> Tensor:
     return boundary.margin + boundary.value * _weights_in_box(x, boundary, norm)
 
 
-def relocated(boundary: Boundary, model: nn.Module, labels: Tensor, temperature: float = 5.0) -> Boundary:
-    """The same points with Φ and ∇_x Φ of another model, for `refined_margin` to move them onto its boundary."""
-    with frozen(model), torch.enable_grad():
-        points = boundary.x.detach().requires_grad_(True)
-        value = soft_logit_margin(model(points), labels, temperature)
-        (grad,) = torch.autograd.grad(value.sum(), points)
-    return boundary._replace(value=value.detach(), grad=grad)
-
-
 def negative_speed_share(
     model: nn.Module,
     x: Tensor,

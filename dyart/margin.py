@@ -94,6 +94,7 @@ def find_boundary(
     steps: int | None = None,
     init_radius: float | None = None,
     generator: torch.Generator | None = None,
+    start: Tensor | None = None,
 ) -> Boundary:
     """Find the closest point of the decision boundary Φ_β = 0 for every correctly classified example of a batch.
 
@@ -119,6 +120,8 @@ def find_boundary(
         the search's own. Pixels in [0, 1].
     generator : torch.Generator, optional
         Source of that noise.
+    start : Tensor (n, ...), optional
+        Where the search starts instead: boundary points found before, say, of weights that have changed little since.
 
     Returns
     -------
@@ -127,7 +130,7 @@ def find_boundary(
     Raises
     ------
     ValueError
-        For an unknown norm or search, pixels outside [0, 1], labels that do not fit x, or steps < 1.
+        For an unknown norm or search, pixels outside [0, 1], labels or a start that do not fit x, or steps < 1.
 
     Source: Xu et al., 2023, section 4; Croce & Hein, 2020 (FAB), on the one scalar function Φ_β.
     """
@@ -143,6 +146,8 @@ def find_boundary(
         raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
     if not ((x >= 0) & (x <= 1)).all():
         raise ValueError("x must lie in [0, 1]")
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
     x = x.detach()
     if x.shape[0] == 0:
         nothing = x.new_zeros(0)
@@ -162,7 +167,8 @@ def find_boundary(
         return soft_logit_margin(model(points.view(-1, *x.shape[1:])), labels[rows], temperature)
 
     with frozen(model), torch.no_grad():
-        nearest = run(linearize, evaluate, origin, the_norm, steps, init_radius, generator)
+        begin = _start(origin, the_norm, init_radius, generator) if start is None else start.detach().flatten(1)
+        nearest = run(linearize, evaluate, origin, begin, the_norm, steps)
     found = nearest.distance.isfinite()
     return Boundary(
         x=torch.where(found[:, None], nearest.point, origin).view(x.shape),
@@ -204,10 +210,9 @@ def _search_fab(
     linearize: Callable,
     evaluate: Callable,
     x: Tensor,
+    start: Tensor,
     norm: Norm,
     steps: int,
-    init_radius: float,
-    generator: torch.Generator | None,
 ) -> _Nearest:
     """The released recipe: noise at the start and two passes through the network per step.
 
@@ -219,7 +224,7 @@ def _search_fab(
     correct = value > CORRECT_ABOVE
     distance = torch.full_like(value, math.inf)
     best = x
-    at = _start(x, norm, init_radius, generator)
+    at = start
     for _ in range(steps):
         value, grad = linearize(at, slice(None))
         move = norm.project(at, grad, -value)
@@ -240,10 +245,9 @@ def _search_fast(
     linearize: Callable,
     evaluate: Callable,
     origin: Tensor,
+    start: Tensor,
     norm: Norm,
     steps: int,
-    init_radius: float,
-    generator: torch.Generator | None,
 ) -> _Nearest:
     """One pass per step: Φ at the point reached, and its gradient for the next step, for the filter and the weights.
 
@@ -255,7 +259,6 @@ def _search_fast(
     On the CPU only the correctly classified rows are searched; on an accelerator all rows are, so that shapes are fixed
     and nothing waits for the device.
     """
-    start = _start(origin, norm, init_radius, generator)
     value, grad = linearize(origin, slice(None))
     correct = value > CORRECT_ABOVE
     everywhere = _Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
@@ -263,7 +266,7 @@ def _search_fast(
     nearest = _Nearest(*(field[rows] for field in everywhere))
     x, correct = origin[rows], correct[rows]
     move = start[rows] - x
-    value, grad = (value[rows], grad[rows]) if init_radius == 0 else linearize(start[rows], rows)
+    value, grad = (value[rows], grad[rows]) if start is origin else linearize(start[rows], rows)
     normal = 0
     for step in range(steps):
         left = 1 - step / steps

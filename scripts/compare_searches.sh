@@ -3,7 +3,7 @@
 # DyART with --search fast and with --search fab: the same seeds, the same 100 steps of 64 images; then AutoAttack at
 # 4/255. A run a core at a time.
 #     bash scripts/compare_searches.sh BURN-IN [FOLDER] [SEEDS]        writes FOLDER and results/compare-searches.json
-# Some twenty minutes on 2 cores. A run that is finished is not repeated.
+# Some twenty-five minutes on 2 cores. A run that is finished is not repeated; remove the folder of one that is not.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 [ $# -gt 0 ] || {

@@ -23,10 +23,16 @@ def main() -> int:
         record = read_json(place / "autoattack.json")[-1]
         epoch = Experiment.open(place).read_metrics()[-1]
         search, seed = place.name.split("-")
+        settings = Experiment.open(place).settings
         run = {"search": search, "seed": int(seed), "training_seconds": epoch["seconds"]}
+        run |= {key: settings[key] for key in ("train_subset", "batch_size", "epochs")}
         runs.append(run | {key: record[key] for key in ("model", "n", "eps", "version", *FIGURES)})
     if not runs:
         raise ValueError(f"{folder} has no finished runs; make them with scripts/compare_searches.sh")
+
+    for key in ("train_subset", "batch_size", "epochs", "n", "eps", "version"):
+        if len({run[key] for run in runs}) > 1:
+            raise ValueError(f"{folder}: its runs differ in {key}; compare like with like, in a new folder")
 
     print(f"\n{'search':8}{'':>18}{'mean':>8}{'spread':>8}   seeds ({runs[0]['n']} images, accuracy in %)")
     summary = {}

@@ -14,7 +14,6 @@ from dyart.dynamics import (
     mcnemar_p,
     negative_speed_share,
     refined_margin,
-    relocated,
     unit_direction,
     update_direction,
     wilson_interval,
@@ -311,22 +310,6 @@ def test_refined_margin_of_a_linear_boundary_is_exact():
     value, grad = model(beyond)[:, 0].detach(), torch.tensor([[2.0, 1.0]], dtype=torch.float64)
     boundary = Boundary(beyond, torch.tensor([True]), torch.tensor([0.15]).double(), value, grad)
     assert refined_margin(x, boundary).item() == pytest.approx(0.1)
-
-
-def test_relocated_points_have_the_other_models_value_and_gradient():
-    x, y = correct_points(small_network(), 5, (8,))
-    boundary = find_boundary(small_network(), x, y, steps=3)
-    other = small_network(seed=1)
-    there = relocated(boundary, other, y, temperature=5.0)
-    assert torch.equal(there.x, boundary.x) and torch.equal(there.margin, boundary.margin)
-    for i in range(len(y)):
-        point = boundary.x[i].clone().requires_grad_(True)
-        logits = other(point)
-        others = torch.cat([logits[: y[i]], logits[y[i] + 1 :]])
-        value = logits[y[i]] - torch.logsumexp(5 * others, 0) / 5
-        assert there.value[i] == pytest.approx(value.item())
-        torch.testing.assert_close(there.grad[i], torch.autograd.grad(value, point)[0])
-    assert all(parameter.requires_grad and parameter.grad is None for parameter in other.parameters())
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 7), (3, 10), (10, 10), (41, 205), (1, 1)])

@@ -6,7 +6,9 @@ With DYART_LARGE_TESTS=1: 200 kills instead of 20, and 1,000 mutated result file
 import copy
 import json
 import logging
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -319,18 +322,23 @@ def test_kills_at_random_moments_change_nothing(toy_folder):
         while not records(folder):
             child = os.fork()
             if child == 0:
+                status = 1
                 try:
                     evaluate_in(folder)
+                    status = 0
                 finally:
-                    os._exit(0)
+                    os._exit(status)
             time.sleep(duration * torch.rand((), generator=random).item())
             os.kill(child, signal.SIGKILL)
-            kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert status in (0, -signal.SIGKILL)
+            kills += status != 0
             for path in folder.glob("*.json"):
                 json.loads(path.read_text())
         evaluate_in(folder)
         assert records(folder) == whole
-        assert not (folder / "autoattack.unfinished.json").exists()
+        results = evaluation.Results(folder / "autoattack")
+        assert results.unfinished(evaluation.identity_of(results.records[0])) is None
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------
@@ -523,6 +531,40 @@ def test_jobs_find_what_one_process_finds_also_after_their_death(folder, monkeyp
     assert evaluation.main([str(folder), *SEVERAL, "--again"]) == 0
     assert several == records_by_identity(folder)
     assert len(several) == 4
+
+
+def answer_at_once(channel: Any, *rest: Any) -> None:
+    """A worker that finds out nothing, and quickly; a forked one sees no end of its channel, so it waits a second."""
+    while channel.poll(1):
+        task, *_ = channel.recv()
+        channel.send(("finish", pickle.loads(task).identity))
+
+
+def test_jobs_that_finish_at_the_same_moment_share_what_is_left(monkeypatch, digits):
+    class Kept:
+        unfinished_path = None
+        records: list[dict[str, Any]] = []
+
+        def unfinished(self, identity: dict[str, Any]) -> None:
+            return None
+
+        def finish(self, record: dict[str, Any]) -> None:
+            self.records.append(record)
+
+        save = finish
+
+    def slow_wait(channels: list[Any]) -> list[Any]:
+        time.sleep(0.3)  # All that work have answered by then.
+        return wait(channels)
+
+    monkeypatch.setattr(evaluation, "_work", answer_at_once)
+    monkeypatch.setattr(evaluation, "wait", slow_wait)
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(evaluation.multiprocessing, "get_context", lambda method: fork)
+    tasks = [evaluation.Task(nn.Identity(), digits, {"number": number}) for number in range(3)]
+    found = list(evaluation.evaluate_all(tasks, 2, Kept(), CPU, print))
+    assert sorted(record["number"] for record in found) == [0, 1, 2]
+    assert Kept.records == found
 
 
 def test_jobs_refuse_damaged_progress_in_one_line(folder, monkeypatch):

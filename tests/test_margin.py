@@ -589,3 +589,28 @@ def test_filter_agrees_with_the_linear_truth():
         boundary = find_boundary(model, x, model(x).argmax(1), norm=norm, steps=100)
         assert is_locally_closest(x, boundary, norm).all()
         assert not is_locally_closest(2 * boundary.x - x, boundary, norm).any()
+
+
+class Strip(nn.Module):
+    """Class 0 between two boundaries, at 0.4 and 0.7 of the first coordinate."""
+
+    def forward(self, x):
+        first = x[:, 0]
+        return torch.stack([torch.zeros_like(first), first - 0.7, 0.4 - first], 1)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("search", ["fast", "fab"])
+@pytest.mark.parametrize(("at", "margin"), [(None, 0.12), (0.45, 0.12), (0.69, 0.18)])
+def test_a_search_ends_at_the_boundary_that_it_starts_near(norm, search, at, margin):
+    x = torch.tensor([[0.52, 0.5], [0.52, 0.1]], dtype=torch.float64)
+    start = None if at is None else torch.tensor([[at, 0.5], [at, 0.1]], dtype=torch.float64)
+    kind = {"norm": norm, "search": search, "temperature": math.inf, "init_radius": 0.0}
+    boundary = find_boundary(Strip(), x, torch.zeros(2, dtype=torch.int64), start=start, **kind)
+    assert boundary.found.all()
+    torch.testing.assert_close(boundary.margin, torch.full((2,), margin).double(), rtol=0.06, atol=0)
+
+
+def test_a_start_must_have_the_shape_of_x():
+    with pytest.raises(ValueError, match=r"start must have the shape of x, \(2, 2\), got \(2, 3\)"):
+        find_boundary(Strip(), torch.rand(2, 2), torch.zeros(2, dtype=torch.int64), start=torch.rand(2, 3))
