@@ -11,7 +11,8 @@ import copy
 import csv
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ def build_parser() -> flags.Parser:
     )
     amp = "autocast, in the updates only (the run's)"
     g.add_argument("--amp", choices=["none", "bf16"], default=None, help=amp)
-    g.add_argument("--search-steps", type=flags.whole(least=1), default=8, help="iterations for boundary points")
+    g.add_argument("--search-steps", type=flags.whole(least=1), default=6, help="iterations for boundary points")
     g.add_argument("--history-examples", type=flags.whole(least=1), default=100, help="images, for other checkpoints")
     g.add_argument("--check-speeds", metavar="N", type=flags.whole(), default=0, help="measure N margins' real changes")
     g.add_argument("--nearest", type=flags.whole(least=1), default=8, help="examples shown as images")
@@ -131,11 +132,19 @@ def load_subject(args: Any, device: torch.device) -> Subject:
 
 
 def other_checkpoints(folder: Path, analysed: str) -> Iterator[tuple[int, str, dict[str, Tensor]]]:
-    """(epoch, name, averaged weights) of the folder's other checkpoints to evaluate."""
-    for path in (folder / "burn_in.pt", *sorted(folder.glob("epoch_*.pt")), folder / "best.pt"):
-        if path.exists() and path.name != analysed:
+    """(epoch, name, averaged weights) of the folder's checkpoints of other epochs than that of the one analysed."""
+    epochs = {epoch_of(load_checkpoint(folder / analysed))}
+    for path in (folder / "burn_in.pt", folder / "best.pt", *sorted(folder.glob("epoch_*.pt"))):
+        if path.exists():
             state = load_checkpoint(path)
-            yield state["epoch"], path.name, state["average"]
+            if state["epoch"] not in epochs:
+                epochs.add(state["epoch"])
+                yield state["epoch"], path.name, state["average"]
+
+
+def epoch_of(state: dict[str, Any]) -> int:
+    """The epoch of a checkpoint to evaluate, or of one to resume from."""
+    return state["epoch"] if "epoch" in state else state["progress"]["epoch"]
 
 
 # --- Measurements -----------------------------------------------------------------------------------------------------
@@ -171,25 +180,39 @@ def choose_correct(model: nn.Module, split: Split, number: int, temperature: flo
     raise ValueError(f"--examples {number}: the model classifies only {total} of the training images correctly")
 
 
+def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """function(item) of all items, in their order.
+
+    On a CPU a thread a core takes an item each, which is quicker than all of them sharing every operation. What the
+    function uses is not to change meanwhile, the state of a model included.
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    share = torch.get_num_threads() // threads
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,))
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def directions(subject: Subject, methods: Sequence[str], examples: Split, size: int) -> dict[str, Direction]:
     """Each method's update on all of `examples`, from the same weights, scaled to Euclidean length 1."""
-    result = {}
     device = next(subject.model.parameters()).device
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=subject.settings["amp"] == "bf16")
-    for method in methods:
-        options = loss_options(subject.settings, method)
-        bar = tqdm(
-            batches(examples, size, subject.model),
-            desc=f"update of {figures.NAMES[method]}",
-            total=math.ceil(len(examples.labels) / size),
-            unit="batch",
-            leave=False,
-        )
-        step = {"optimizer": subject.optimizer, "clip_grad": subject.clip_grad}
-        with autocast:
-            update = update_direction(method, subject.model, bar, **step, **options)
-        result[method] = unit_direction(update)
-    return result
+    step = {"optimizer": subject.optimizer, "clip_grad": subject.clip_grad}
+    number = len(methods) * math.ceil(len(examples.labels) / size)
+    with tqdm(total=number, desc="updates", unit="batch", leave=False) as bar:
+
+        def ticking() -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in batches(examples, size, subject.model):
+                yield batch
+                bar.update()
+
+        def update(method: str) -> Direction:
+            options = loss_options(subject.settings, method)
+            with torch.autocast(device.type, torch.bfloat16, enabled=subject.settings["amp"] == "bf16"):
+                return unit_direction(update_direction(method, subject.model, ticking(), **step, **options))
+
+        return dict(zip(methods, in_parallel(update, methods, device), strict=True))
 
 
 class Search(NamedTuple):
@@ -207,18 +230,23 @@ def measure(
     """`margin` of each example, 0 where misclassified and inf where no boundary point was found, and its speeds."""
     columns: dict[str, list[Tensor]] = {name: [] for name in ("margin", *along)}
     bar = tqdm(total=len(examples.labels), desc=desc, unit="image", leave=False)
+
+    def find(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Boundary]:
+        # A search puts its model into another state for a while, so each has its own.
+        boundary = _find(copy.deepcopy(model), *batch, search)
+        bar.update(len(boundary.margin))
+        return *batch, boundary
+
+    device = next(model.parameters()).device
     with bar:
-        for x, y in batches(examples, search.batch_size, model):
-            boundary = _find(model, x, y, search)
-            with torch.no_grad():
-                correct = soft_logit_margin(model(x), y, search.temperature) > CORRECT_ABOVE
-            columns["margin"].append(torch.where(boundary.found, boundary.margin, torch.where(correct, math.inf, 0.0)))
+        # All are found before the first speed is taken, which puts other weights into the model for a while.
+        found = list(in_parallel(find, batches(examples, search.batch_size, model), device))
+        for x, y, boundary in found:
+            beyond = torch.where(boundary.value > CORRECT_ABOVE, math.inf, 0.0)  # there, Φ is that of x itself
+            columns["margin"].append(torch.where(boundary.found, boundary.margin, beyond))
             for method, direction in along.items():
-                speed = boundary_speed(
-                    model, boundary, y, direction, norm=search.norm, temperature=search.temperature, x=x
-                )
-                columns[method].append(speed)
-            bar.update(len(y))
+                kind = {"norm": search.norm, "temperature": search.temperature, "x": x}
+                columns[method].append(boundary_speed(model, boundary, y, direction, **kind))
     return {name: torch.cat(parts).double().cpu().numpy() for name, parts in columns.items()}
 
 
@@ -498,8 +526,7 @@ def measure_history(
             margin = measure(model, part, search, {}, f"margins of {other} on {split}")["margin"]
             rows.append({"checkpoint": other, "epoch": epoch, "split": split, **quantiles(margin)})
     if rows:
-        state = load_checkpoint(subject.folder / name)
-        epoch = state["epoch"] if "epoch" in state else state["progress"]["epoch"]
+        epoch = epoch_of(load_checkpoint(subject.folder / name))
         rows += [{"checkpoint": name, "epoch": epoch, "split": split, **quantiles(samples[split])} for split in samples]
     return sorted(rows, key=lambda row: row["epoch"])
 

@@ -154,14 +154,36 @@ def test_summary_counts_the_negative_speeds_in_the_table(analysed):
         assert row["negative"] == sum(r[f"speed_{row['method']}"] < 0 for r in inside)
 
 
-def test_history_has_each_checkpoint_of_the_run_and_splits(analysed, folder):
+def test_history_has_each_epoch_of_the_run_once_and_both_splits(analysed, folder):
     rows = read(analysed / "margins_over_time.csv")
-    names = ["best.pt", "epoch_0001.pt", "epoch_0002.pt", "epoch_0003.pt"]
-    assert sorted({row["checkpoint"] for row in rows}) == names
-    assert {(row["checkpoint"], row["epoch"]) for row in rows} == {
-        (name, load_checkpoint(folder / name)["epoch"]) for name in names
-    }
+    best = load_checkpoint(folder / "best.pt")["epoch"]
+    names = {epoch: "best.pt" if epoch == best else f"epoch_000{epoch}.pt" for epoch in (1, 2, 3)}
+    assert {(row["checkpoint"], row["epoch"]) for row in rows} == {(name, epoch) for epoch, name in names.items()}
     assert len(rows) == 2 * len(names)
+
+
+def test_margins_of_wrong_and_of_hopeless_examples():
+    """0 where misclassified, inf where right and no boundary in reach; in order, whatever the number of batches."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    with torch.no_grad():
+        model[1].weight.zero_()
+        model[1].weight[0, 0], model[1].weight[1, 0], model[1].bias[:] = 1, -1, torch.tensor([0.0, 0.2])
+    images = torch.zeros(5, 2, 2, 3, dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.tensor([255, 0, 51, 255, 0])  # Φ of class 0 is 2 x_1 - 0.2, that of class 1 minus this
+    examples, search = Split(images, torch.tensor([0, 0, 0, 1, 1])), Search("Linf", math.inf, 5, 2)
+    margins = measure(model.eval(), examples, search, {}, "")
+    assert margins["margin"].tolist() == pytest.approx([0.9, 0, 0.1, 0, 0.1], rel=0.05)
+    with torch.no_grad():
+        model[1].bias[0] = 9
+    margins = measure(model, examples, search, {}, "")
+    assert margins["margin"].tolist() == [math.inf] * 3 + [0, 0]
+
+
+def test_parallel_results_are_in_order_and_errors_come_through():
+    cpu = torch.device("cpu")
+    assert list(analyze.in_parallel(lambda item: item**2, range(20), cpu)) == [item**2 for item in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(analyze.in_parallel(lambda item: 1 / item, [1, 0, 2], cpu))
 
 
 def test_robust_share_starts_at_accuracy_and_falls(analysed, folder):
