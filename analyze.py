@@ -238,9 +238,10 @@ def measure(
         return *batch, boundary
 
     device = next(model.parameters()).device
+    size = min(search.batch_size, math.ceil(len(examples.labels) / torch.get_num_threads()))
     with bar:
         # All are found before the first speed is taken, which puts other weights into the model for a while.
-        found = list(in_parallel(find, batches(examples, search.batch_size, model), device))
+        found = list(in_parallel(find, batches(examples, size, model), device))
         for x, y, boundary in found:
             beyond = torch.where(boundary.value > CORRECT_ABOVE, math.inf, 0.0)  # there, Φ is that of x itself
             columns["margin"].append(torch.where(boundary.found, boundary.margin, beyond))
