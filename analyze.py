@@ -67,7 +67,7 @@ def build_parser() -> flags.Parser:
     )
     amp = "autocast, in the updates only (the run's)"
     g.add_argument("--amp", choices=["none", "bf16"], default=None, help=amp)
-    g.add_argument("--search-steps", type=flags.whole(least=1), default=6, help="iterations for boundary points")
+    g.add_argument("--search-steps", type=flags.whole(least=1), default=8, help="iterations for boundary points")
     g.add_argument("--history-examples", type=flags.whole(least=1), default=100, help="images, for other checkpoints")
     g.add_argument("--check-speeds", metavar="N", type=flags.whole(), default=0, help="measure N margins' real changes")
     g.add_argument("--nearest", type=flags.whole(least=1), default=8, help="examples shown as images")
