@@ -131,9 +131,9 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     return Subject(model, settings, candidate.identity, folder, optimizer, clip_grad)
 
 
-def other_checkpoints(folder: Path, analysed: str) -> Iterator[tuple[int, str, dict[str, Tensor]]]:
-    """(epoch, name, averaged weights) of the folder's checkpoints of other epochs than that of the one analysed."""
-    epochs = {epoch_of(load_checkpoint(folder / analysed))}
+def other_checkpoints(folder: Path, analysed: int) -> Iterator[tuple[int, str, dict[str, Tensor]]]:
+    """(epoch, name, averaged weights) of the folder's checkpoints, one an epoch, of other epochs than the analysed."""
+    epochs = {analysed}
     for path in (folder / "burn_in.pt", folder / "best.pt", *sorted(folder.glob("epoch_*.pt"))):
         if path.exists():
             state = load_checkpoint(path)
@@ -180,13 +180,18 @@ def choose_correct(model: nn.Module, split: Split, number: int, temperature: flo
     raise ValueError(f"--examples {number}: the model classifies only {total} of the training images correctly")
 
 
+def workers(device: torch.device) -> int:
+    """How many items `in_parallel` takes at a time."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
 def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], device: torch.device) -> Iterator[Any]:
     """function(item) of all items, in their order.
 
     On a CPU a thread a core takes an item each, which is quicker than all of them sharing every operation. What the
     function uses is not to change meanwhile, the state of a model included.
     """
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    threads = workers(device)
     share = torch.get_num_threads() // threads
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(share,))
     try:
@@ -238,7 +243,7 @@ def measure(
         return *batch, boundary
 
     device = next(model.parameters()).device
-    size = min(search.batch_size, math.ceil(len(examples.labels) / torch.get_num_threads()))
+    size = min(search.batch_size, math.ceil(len(examples.labels) / workers(device)))
     with bar:
         # All are found before the first speed is taken, which puts other weights into the model for a while.
         found = list(in_parallel(find, batches(examples, size, model), device))
@@ -320,9 +325,10 @@ def check_speeds(
         predicted, measured = [], []
         for x, y, before in tqdm(first, desc=f"measured speed of {figures.NAMES[method]}", unit="batch", leave=False):
             after = _find(moved, x, y, search)
-            start = after.x  # The next line puts another in its place.
-            after = _closer(after, _find(moved, x, y, search, before.x), x, search.norm)
-            before = _closer(before, _find(model, x, y, search, start), x, search.norm)
+            before, after = (
+                _closer(before, _find(model, x, y, search, after.x), x, search.norm),
+                _closer(after, _find(moved, x, y, search, before.x), x, search.norm),
+            )
             both = before.found & after.found
             change = refined_margin(x, after, search.norm) - refined_margin(x, before, search.norm)
             kind = {"norm": search.norm, "temperature": search.temperature, "x": x}
@@ -520,15 +526,16 @@ def measure_history(
         return []
     name, rows = subject.identity["checkpoint"], []
     model = build_model(subject.settings).to(next(subject.model.parameters()).device).eval()
-    for epoch, other, weights in other_checkpoints(subject.folder, name):
+    analysed = epoch_of(load_checkpoint(subject.folder / name))
+    for epoch, other, weights in other_checkpoints(subject.folder, analysed):
         load_weights(model, weights, other)
         for split, images in splits.items():
             part = Split(images.images[: args.history_examples], images.labels[: args.history_examples])
             margin = measure(model, part, search, {}, f"margins of {other} on {split}")["margin"]
             rows.append({"checkpoint": other, "epoch": epoch, "split": split, **quantiles(margin)})
     if rows:
-        epoch = epoch_of(load_checkpoint(subject.folder / name))
-        rows += [{"checkpoint": name, "epoch": epoch, "split": split, **quantiles(samples[split])} for split in samples]
+        row = {"checkpoint": name, "epoch": analysed}
+        rows += [{**row, "split": split, **quantiles(values)} for split, values in samples.items()]
     return sorted(rows, key=lambda row: row["epoch"])
 
 

@@ -21,11 +21,10 @@ def main() -> int:
     runs = []
     for place in sorted(folder.glob("fa*-*")):
         record = read_json(place / "autoattack.json")[-1]
-        epoch = Experiment.open(place).read_metrics()[-1]
+        experiment = Experiment.open(place)
         search, seed = place.name.split("-")
-        settings = Experiment.open(place).settings
-        run = {"search": search, "seed": int(seed), "training_seconds": epoch["seconds"]}
-        run |= {key: settings[key] for key in ("train_subset", "batch_size", "epochs")}
+        run = {"search": search, "seed": int(seed), "training_seconds": experiment.read_metrics()[-1]["seconds"]}
+        run |= {key: experiment.settings[key] for key in ("train_subset", "batch_size", "epochs")}
         runs.append(run | {key: record[key] for key in ("model", "n", "eps", "version", *FIGURES)})
     if not runs:
         raise ValueError(f"{folder} has no finished runs; make them with scripts/compare_searches.sh")
