@@ -15,18 +15,21 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
 import flags
 from data import DATASETS, DEFAULT_DATA_DIR, balanced_subset, load_data, to_input
 from dyart.averaging import WeightAverage
 from dyart.experiment import write_json
+from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, is_locally_closest, soft_logit_margin
 from dyart.modes import frozen
@@ -41,7 +44,7 @@ STEPS = {
     "PGD-10 AT step": ("at", {}),
     "TRADES-10 step": ("trades", {}),
     "DyART step": ("dyart", {}),
-    "DyART step, --search fab": ("dyart", {"search": "fab"}),
+    "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a recording
 }
 # What a figure is a multiple of.
 BASES = {
@@ -82,6 +85,7 @@ def build_parser() -> flags.Parser:
     flags.add_switch(g, "--tf32", default=True, help="TensorFloat-32 for float32 on a GPU")
     flags.add_switch(g, "--channels-last", default=True, help="memory layout of images and weights")
     flags.add_switch(g, "--compile", default=False, help="torch.compile")
+    flags.add_switch(g, "--cuda-graphs", default=False, help="on a GPU, replay the fast search from a recording")
     g.add_argument("--data-dir", default=str(DEFAULT_DATA_DIR), help="where prepared datasets lie")
     g.add_argument("--output", default=None, help="the file to write (results/bench-DEVICE.json)")
     return p
@@ -93,18 +97,20 @@ def main(argv: list[str] | None = None) -> int:
     if options["smoke"]:
         options |= {"dataset": "digits", "model": "wrn-10-1-swish", "batch_size": 16, "rounds": 1, "examples": 8}
         options |= {"targets": [], "steps": []}
-    device = flags.device(options["device"])
+    device = flags.device(options["device"], cuda_graphs=options["cuda_graphs"])
     name = device_name(device) if device.type == "cuda" else cpu_name()
     output = Path(options["output"] or f"results/bench-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json")
     flags.check_writable(output.parent, "--output")
     torch.set_num_threads(options["threads"])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options["tf32"]
     settings = {key: value for key, value in options.items() if key not in ("targets", "output")}
-    report: dict[str, Any] = {"machine": name, "versions": versions(), "settings": settings, "subjects": []}
+    rate = bf16_rate(device)
+    report: dict[str, Any] = {"machine": name, "bf16_tflops_per_second": rate, "versions": versions()}
+    report |= {"settings": settings, "subjects": []}
     for target in options["targets"] or [None]:
         subject = load_subject(target, options)
         figures = {"weights": subject.identity, "correct": subject.correct().float().mean().item()}
-        figures["times"] = measure_times(subject, options)
+        figures["times"] = measure_times(subject, options, rate)
         figures["memory"] = measure_memory(target, subject, options)
         figures["quality"] = measure_quality(subject, options) if options["examples"] else []
         report["subjects"].append(figures)
@@ -187,6 +193,8 @@ def training_step(subject: Subject, name: str, options: dict[str, Any]) -> Calla
     batch = slice(options["batch_size"])
     x, y = subject.x[batch], subject.y[batch]
     arguments = {} if method == "clean" else {"norm": subject.norm, **extra}
+    if name == "DyART step" and options["cuda_graphs"]:
+        arguments["graphs"] = CudaGraphs()
     statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     def step() -> None:
@@ -206,8 +214,11 @@ def training_step(subject: Subject, name: str, options: dict[str, Any]) -> Calla
 # --- Times ------------------------------------------------------------------------------------------------------------
 
 
-def measure_times(subject: Subject, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Seconds of each part and step (median, quartiles), and their multiples of others in the same round."""
+def measure_times(subject: Subject, options: dict[str, Any], rate: float) -> dict[str, dict[str, Any]]:
+    """Seconds of each part and step (median, quartiles), and their multiples of others in the same round.
+
+    Of steps also the images a second, the floating-point operations (10^12), and these a second as a share of `rate`.
+    """
     batch = slice(options["batch_size"])
     x, y, correct = subject.x[batch], subject.y[batch], subject.correct()[batch]
     norm, model = NORMS[subject.norm], subject.model
@@ -227,9 +238,11 @@ def measure_times(subject: Subject, options: dict[str, Any]) -> dict[str, dict[s
     value, grad = input_gradient(rows)
     flat = x[rows].flatten(1)
 
-    def search(name: str) -> None:
+    graphs = CudaGraphs() if options["cuda_graphs"] else None
+
+    def search(name: str, graphs: CudaGraphs | None) -> None:
         with subject.autocast():
-            find_boundary(model, x, y, norm=subject.norm, search=name)
+            find_boundary(model, x, y, norm=subject.norm, search=name, graphs=graphs)
 
     def passes() -> None:
         input_gradient()
@@ -241,22 +254,15 @@ def measure_times(subject: Subject, options: dict[str, Any]) -> dict[str, dict[s
         "forward + input gradient": input_gradient,
         "projection": lambda: norm.project(flat, grad, -value),
         "its passes": passes,
-        "search": lambda: search("fast"),
-        "search, fab": lambda: search("fab"),
+        "search": lambda: search("fast", graphs),
+        "search, fab": lambda: search("fab", None),
     }
     parts |= {name: training_step(subject, name, options) for name in STEPS}
-
-    def seconds(part: Callable[[], Any]) -> float:
-        synchronize(x.device)
-        start = time.perf_counter()
-        part()
-        synchronize(x.device)
-        return time.perf_counter() - start
 
     taken: dict[str, list[float]] = {name: [] for name in parts}
     for number in tqdm(range(-1, options["rounds"]), desc="rounds", leave=False):
         for name, part in parts.items():
-            duration = seconds(part)
+            duration = seconds(part, x.device)
             if number >= 0:
                 taken[name].append(duration)
     figures: dict[str, dict[str, Any]] = {}
@@ -266,8 +272,52 @@ def measure_times(subject: Subject, options: dict[str, Any]) -> dict[str, dict[s
             ratios = [a / b for a, b in zip(durations, taken[BASES[name]], strict=True)]
             figures[name] |= {"of": BASES[name], "ratio": spread(ratios)}
         if name in STEPS:
-            figures[name]["images_per_second"] = len(x) / figures[name]["seconds"]["median"]
+            median = figures[name]["seconds"]["median"]
+            figures[name]["images_per_second"] = len(x) / median
+            figures[name]["tflops"] = count_flops(training_step(subject, name, options | {"cuda_graphs": False}))
+            figures[name]["of_bf16_rate"] = figures[name]["tflops"] / median / rate
     return figures
+
+
+def count_flops(step: Callable[[], Any]) -> float:
+    """10^12 floating-point operations of the matrix products and convolutions in a call."""
+    with _FlopCounter() as counter, torch.compiler.set_stance("force_eager"):
+        step()
+    return counter.total / 1e12
+
+
+class _FlopCounter(TorchDispatchMode):
+    """PyTorch's FlopCounterMode without its record of modules, whose hooks fail where a gradient is of a leaf alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        return result
+
+
+def bf16_rate(device: torch.device) -> float:
+    """10^12 floating-point operations a second in bfloat16, by the product of two square matrices; the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    times = [seconds(lambda: matrix @ matrix, device) for _ in range(11)]
+    return 2 * size**3 / min(times[1:]) / 1e12
+
+
+def seconds(part: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, to its end on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    part()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:
@@ -400,15 +450,17 @@ def print_tables(figures: dict[str, Any]) -> None:
     weights = figures["weights"]
     print(f"\n{weights['model']}, {weights['checkpoint'] or 'untrained'}: {figures['correct']:.0%} correct\n")
     print(
-        f"| {'':24} | {'ms (quartiles)':>24} | {'ratio (quartiles)':>20} | {'of':24} | peak MiB | of clean | resident |"
+        f"| {'':24} | {'ms (quartiles)':>24} | {'ratio (quartiles)':>20} | {'of':24} | of bf16 "
+        "| peak MiB | of clean | resident |"
     )
-    print(f"| {'-' * 24} | {'-' * 23}: | {'-' * 19}: | {'-' * 24} | -------: | -------: | -------: |")
+    print(f"| {'-' * 24} | {'-' * 23}: | {'-' * 19}: | {'-' * 24} | ------: | -------: | -------: | -------: |")
     for name, part in figures["times"].items():
         ratio, memory = part.get("ratio"), figures["memory"].get(name, {})
+        share = f"{part['of_bf16_rate']:7.1%}" if "of_bf16_rate" in part else " " * 7
         peak = [(memory.get(key), digits) for key, digits in (("mib", 0), ("of_clean", 2), ("resident_of_clean", 2))]
         print(
             f"| {name:24} | {interval(part['seconds'], 1000, 1):>24} | {interval(ratio, 1, 3) if ratio else '':>20} "
-            f"| {part.get('of', ''):24} | "
+            f"| {part.get('of', ''):24} | {share} | "
             + " | ".join(" " * 8 if value is None else f"{value:8.{digits}f}" for value, digits in peak)
             + " |"
         )

@@ -72,8 +72,7 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
 
     commands = []
     with contextlib.suppress(ExperimentError):  # Settings that this version's flags cannot say.
-        check_stored(dict(settings), "settings")
-        commands += ["# the training", train_command(settings)]
+        commands += ["# the training", train_command(check_stored(settings, "settings"))]
     if mine:
         commands += ["# the figures, from the exported weights", *(eval_command(record, out) for record in mine)]
     if commands:

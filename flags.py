@@ -78,13 +78,15 @@ def _within(kind: Callable[[str], Any], noun: str, above: float, least: float, m
     return convert
 
 
-def device(name: str) -> torch.device:
-    """The device called `name`. Raises ValueError where there is none of that name on this machine."""
+def device(name: str, *, cuda_graphs: bool = False) -> torch.device:
+    """The device called `name`. Raises ValueError where there is none of that name here, or none for CUDA graphs."""
     try:
         found = torch.device(name)
         torch.zeros(1, device=found).item()  # "meta" is a device, but one without values
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+    if cuda_graphs and found.type != "cuda":
+        raise ValueError(f"--cuda-graphs: only on a GPU, not with --device {name}")
     return found
 
 

@@ -1,6 +1,7 @@
 """The settings of a run: the paper's recipes, the flags that change them, and what args.yaml may hold."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -188,7 +189,9 @@ def build_parser() -> flags.Parser:
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     g.add_argument("--amp", choices=["none", "bf16"], default="none", help="mixed precision")
     add_switch(g, "--channels-last", default=False, help="memory format of weights and images")
+    add_switch(g, "--tf32", default=True, help="TensorFloat-32 for float32 on a GPU")
     add_switch(g, "--compile", default=False, help="torch.compile the model")
+    add_switch(g, "--cuda-graphs", default=False, help="on a GPU, replay the boundary search from a recording")
     add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
     add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
@@ -206,7 +209,10 @@ def build_parser() -> flags.Parser:
 # Flags that are not settings of a run: what to do rather than what to train.
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
-PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly", "compile")
+PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
+PLACE += ("tf32", "compile", "cuda_graphs")
+# Settings that were added since format 1 of the folder, with what a folder without them goes on with.
+LATER = {"tf32": True, "cuda_graphs": False}
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
 NULLABLE |= {"pretrained", "aux_data_filename", "checkpoint_minutes"}
 
@@ -291,8 +297,12 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ACTIONS}
 
 
-def check_stored(settings: dict[str, Any], source: str | Path) -> None:
-    """Hold settings read from a file against the flags they come from: names, types and ranges."""
+def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """Hold settings read from a file against the flags they come from: names, types and ranges.
+
+    Returns them, with those that the version which wrote them did not have. Raises ExperimentError.
+    """
+    settings = LATER | dict(settings)
     spec: dict[str, Any] = {}
     for name, value in resolve({}).items():
         kind = str if name in ("pretrained", "aux_data_filename") else float if value is None else type(value)
@@ -307,6 +317,7 @@ def check_stored(settings: dict[str, Any], source: str | Path) -> None:
     parser = build_parser()
     parser.error = refuse
     parser.parse_args(argv)
+    return {name: settings[name] for name in spec}
 
 
 def default_name(settings: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ from dyart.attacks import pgd
 from dyart.averaging import WeightAverage
 from dyart.dynamics import negative_speed_share
 from dyart.experiment import Experiment, ExperimentError, Loaded, check_settings, load_checkpoint
+from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.schedules import SCHEDULES
 from models.weights import load_weights
@@ -310,6 +311,7 @@ class Run:
     scheduler: LRScheduler
     progress: Progress
     meter: Meter
+    graphs: CudaGraphs | None
 
     def weights(self, scores: dict[str, float]) -> dict[str, Any]:
         """A checkpoint to evaluate."""
@@ -406,13 +408,15 @@ def begin_stage(settings: dict[str, Any], index: int, model: nn.Module, data: Da
     optimizer = build_optimizer(model, stage, settings)
     scheduler = SCHEDULES[stage.scheduler].make(optimizer, stage.lr, stage.epochs, len(loader))
     progress.stage = index
-    return Run(settings, stage, loader, model, average, optimizer, scheduler, progress, Meter())
+    graphs = CudaGraphs() if settings["cuda_graphs"] else None
+    return Run(settings, stage, loader, model, average, optimizer, scheduler, progress, Meter(), graphs)
 
 
 def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None) -> Run:
     """The run at its start, or where a checkpoint left it. Raises ValueError or OSError for what cannot be used."""
-    device = flags.device(settings["device"])
+    device = flags.device(settings["device"], cuda_graphs=settings["cuda_graphs"])
     torch.backends.cudnn.deterministic = True
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings["tf32"]
     random.seed(settings["seed"])
     np.random.seed(settings["seed"] % 2**32)  # noqa: NPY002  (whatever uses the global generator)
     torch.manual_seed(settings["seed"])
@@ -462,6 +466,8 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
     generator = torch.Generator(device)
     if stage.method != "clean":
         options["generator"] = generator
+    if stage.method == "dyart":
+        options["graphs"] = run.graphs
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["amp"] == "bf16")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -604,8 +610,7 @@ def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experi
     or do not fit each other, and for flags that would change what is trained.
     """
     experiment = Experiment.open(folder, lock=None if dry_run else "train", echo=tqdm.write)
-    stored = experiment.settings
-    check_stored(stored, experiment.folder / "args.yaml")
+    stored = check_stored(experiment.settings, experiment.folder / "args.yaml")
     for name in given.keys() - {"epochs", *PLACE, *ACTIONS}:
         if given[name] != stored[name]:
             flag = f"--{name.replace('_', '-')}"
@@ -662,7 +667,7 @@ def rewind(experiment: Experiment, settings: dict[str, Any], loaded: Loaded | No
 
 def check_early(settings: dict[str, Any], output_dir: str) -> None:
     """What can be told to be wrong before data is fetched and a folder made. Raises ValueError or OSError."""
-    flags.device(settings["device"])
+    flags.device(settings["device"], cuda_graphs=settings["cuda_graphs"])
     model = build_model(settings)
     if settings["pretrained"] is not None:
         load_pretrained(model, settings["pretrained"])

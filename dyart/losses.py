@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dyart.attacks import kl_divergence, log_probabilities, pgd
+from dyart.graphs import CudaGraphs
 from dyart.margin import find_boundary, is_locally_closest, margin_gradient_weights, soft_logit_margin
 
 
@@ -225,6 +226,7 @@ def dyart_loss(
     init_radius: float | None = None,
     high_quality: bool = True,
     generator: torch.Generator | None = None,
+    graphs: CudaGraphs | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DyART: mean CE(x) + (λ/n) Σ h(R_β(x)) over the correct examples, with h'(R) = −exp(−αR) for R < r0, else 0.
 
@@ -244,7 +246,7 @@ def dyart_loss(
         α: the smaller a margin, the larger its weight exp(−αR); R in pixels of [0, 1].
     r0 : float
         Margins of r0 and more are left alone.
-    temperature, norm, search, steps, init_radius, generator
+    temperature, norm, search, steps, init_radius, generator, graphs
         The boundary search, see `dyart.margin.find_boundary`.
     high_quality : bool
         Leave out the boundary points that do not pass `dyart.margin.is_locally_closest`.
@@ -274,6 +276,7 @@ def dyart_loss(
         steps=steps,
         init_radius=init_radius,
         generator=generator,
+        graphs=graphs,
     )
     kept = is_locally_closest(x, boundary, norm) if high_quality else boundary.found
     push = torch.exp(-alpha * boundary.margin) * (boundary.margin < r0) * margin_gradient_weights(boundary, norm)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dyart.graphs import CudaGraphs
 from dyart.modes import frozen
 from dyart.projection import Norm, has_fixed_shapes, lookup_norm
 
@@ -18,6 +19,9 @@ from dyart.projection import Norm, has_fixed_shapes, lookup_norm
 CORRECT_ABOVE = 1e-9
 # Share of its length that the fast search adds to its first move, to end beyond the boundary.
 OVERSHOOT = 0.04
+# Weight of the first step of a fast search from boundary points found before. In narrow valleys of the boundary a
+# larger one throws them away for points further off, and a smaller one is slow.
+WARM_WEIGHT = 0.2
 # Bound on 1 / ‖∇_x Φ‖_q. It acts only where the logit margin changes by less than 0.001 over the whole unit box.
 MAX_GRADIENT_WEIGHT = 1e3
 
@@ -95,6 +99,7 @@ def find_boundary(
     init_radius: float | None = None,
     generator: torch.Generator | None = None,
     start: Tensor | None = None,
+    graphs: CudaGraphs | None = None,
 ) -> Boundary:
     """Find the closest point of the decision boundary Φ_β = 0 for every correctly classified example of a batch.
 
@@ -122,6 +127,8 @@ def find_boundary(
         Source of that noise.
     start : Tensor (n, ...), optional
         Where the search starts instead: boundary points found before, say, of weights that have changed little since.
+    graphs : CudaGraphs, optional
+        On a GPU, record the search at its first call for a shape of x and replay it from then on.
 
     Returns
     -------
@@ -153,22 +160,30 @@ def find_boundary(
         nothing = x.new_zeros(0)
         return Boundary(x, nothing.bool(), nothing, nothing, x)
 
+    shape = x.shape[1:]
+
+    def nearest_points(origin: Tensor, begin: Tensor, labels: Tensor) -> _Nearest:
+        def linearize(points: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+            """Φ and ∇_x Φ at `points` (m, d), whose labels are those of `rows`: one pass through the network."""
+            with torch.enable_grad():
+                pixels = points.view(-1, *shape).requires_grad_(True)
+                value = soft_logit_margin(model(pixels), labels[rows], temperature)
+                (grad,) = torch.autograd.grad(value.sum(), pixels)
+            return value.detach(), grad.flatten(1)
+
+        def evaluate(points: Tensor, rows: Tensor | slice) -> Tensor:
+            return soft_logit_margin(model(points.view(-1, *shape)), labels[rows], temperature)
+
+        return run(linearize, evaluate, origin, begin, the_norm, steps, 1.0 if start is None else WARM_WEIGHT)
+
     origin = x.flatten(1)
-
-    def linearize(points: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Φ and ∇_x Φ at `points` (m, d), whose labels are those of `rows`: one pass through the network."""
-        with torch.enable_grad():
-            pixels = points.view(-1, *x.shape[1:]).requires_grad_(True)
-            value = soft_logit_margin(model(pixels), labels[rows], temperature)
-            (grad,) = torch.autograd.grad(value.sum(), pixels)
-        return value.detach(), grad.flatten(1)
-
-    def evaluate(points: Tensor, rows: Tensor | slice) -> Tensor:
-        return soft_logit_margin(model(points.view(-1, *x.shape[1:])), labels[rows], temperature)
-
     with frozen(model), torch.no_grad():
         begin = _start(origin, the_norm, init_radius, generator) if start is None else start.detach().flatten(1)
-        nearest = run(linearize, evaluate, origin, begin, the_norm, steps)
+        if graphs is None:
+            nearest = nearest_points(origin, begin, labels)
+        else:
+            key = (id(model), shape, norm, temperature, search, steps, start is None)
+            nearest = _Nearest(*graphs(nearest_points, origin, begin, labels, key=key))
     found = nearest.distance.isfinite()
     return Boundary(
         x=torch.where(found[:, None], nearest.point, origin).view(x.shape),
@@ -213,6 +228,7 @@ def _search_fab(
     start: Tensor,
     norm: Norm,
     steps: int,
+    weight: float,  # of the first step; this search has its own for each
 ) -> _Nearest:
     """The released recipe: noise at the start and two passes through the network per step.
 
@@ -248,13 +264,14 @@ def _search_fast(
     start: Tensor,
     norm: Norm,
     steps: int,
+    weight: float,
 ) -> _Nearest:
     """One pass per step: Φ at the point reached, and its gradient for the next step, for the filter and the weights.
 
     Each step averages the gradients met so far, in favour of the latest; takes the shortest move from x along that
-    average onto the linearized boundary; mixes it into the move so far with a weight that falls linearly from 1, as in
-    the Frank-Wolfe method; and scales the mixture onto the linearized boundary of the latest point. What it then adds,
-    to end beyond the boundary, falls likewise.
+    average onto the linearized boundary; mixes it into the move so far with a weight that falls linearly from `weight`,
+    as in the Frank-Wolfe method; and scales the mixture onto the linearized boundary of the latest point. What it then
+    adds, to end beyond the boundary, falls likewise.
 
     On the CPU only the correctly classified rows are searched; on an accelerator all rows are, so that shapes are fixed
     and nothing waits for the device.
@@ -269,7 +286,7 @@ def _search_fast(
     value, grad = (value[rows], grad[rows]) if start is origin else linearize(start[rows], rows)
     normal = 0
     for step in range(steps):
-        left = 1 - step / steps
+        left = weight * (1 - step / steps)
         steepness = norm.dual(grad).clamp_min(_tiny(x))
         unit = grad / steepness[:, None]
         normal = unit if step == 0 else (normal + unit) / 2

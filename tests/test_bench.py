@@ -30,8 +30,12 @@ def test_smoke_run(tmp_path):
     report = json.loads(output.read_text())
     (subject,) = report["subjects"]
     assert subject["correct"] > 0.5
+    assert report["bf16_tflops_per_second"] > 0
     times = subject["times"]
     assert set(bench.STEPS) <= set(times)
+    for name in bench.STEPS:
+        rate = times[name]["tflops"] / times[name]["seconds"]["median"]
+        assert times[name]["of_bf16_rate"] == pytest.approx(rate / report["bf16_tflops_per_second"])
     for name, of in bench.BASES.items():
         assert times[name]["of"] == of
         ratio = times[name]["seconds"]["median"] / times[of]["seconds"]["median"]
@@ -46,6 +50,18 @@ def test_smoke_run(tmp_path):
     assert reference["ratio_mean"] == 1
     assert fast["search"] == f"fast, {bench.SEARCHES['fast'][1]} steps"
     assert 0.9 < fast["ratio_mean"] < released["ratio_mean"] * 1.1
+
+
+def test_flops_are_those_of_the_passes():
+    """A clean step costs 3 forward passes, but for the first layer, whose input needs no gradient; AT adds attacks."""
+    subject = bench.load_subject(None, options("--examples", "8"))
+    count = {name: bench.count_flops(bench.training_step(subject, name, options())) for name in bench.STEPS}
+    forward = bench.count_flops(lambda: subject.model(subject.x[:8]))
+    weight = subject.model.init_conv.weight
+    first = 2 * 8 * subject.x[0, 0].numel() * weight.numel() / 1e12
+    assert count["clean step"] == pytest.approx(3 * forward - first)
+    assert count["PGD-10 AT step"] == pytest.approx(count["clean step"] + 10 * 2 * forward)
+    assert bench.count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == pytest.approx(2 * 3 * 4 * 5 / 1e12)
 
 
 def test_weights_of_a_file_are_measured_on_a_balanced_batch(tmp_path):
@@ -103,6 +119,7 @@ def test_spread():
     [
         (["nowhere.pt", "--model", "wrn-10-1-swish"], "nowhere.pt"),
         (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs: only on a GPU"),
         (["--output", "/dev/null/bench.json"], "--output /dev/null"),
     ],
 )

@@ -24,6 +24,7 @@ from torch import nn
 
 import train
 from dyart.experiment import Experiment, load_checkpoint, save_checkpoint
+from settings import LATER
 
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 
@@ -264,6 +265,7 @@ def test_other_schedules_cannot_be_made_longer_or_shorter(
         (["--seed", "5"], "--seed 5: .* runs with 0"),
         (["--model", "resnet18"], "--model resnet18: .* runs with wrn-10-1-swish"),
         (["--device", "cuda:77"], "--device cuda:77: not to be had here"),
+        (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs: only on a GPU, not with --device cpu"),
     ],
 )
 def test_what_cannot_change_is_refused(
@@ -402,6 +404,18 @@ def test_the_checkpoint_of_another_run_is_refused(
     (folder / "args.yaml").write_text(text.replace("lr: 0.1\n", "lr: 0.2\n"))
     error = refusal(capsys, "--resume", str(folder))
     assert "latest.pt: trained with lr 0.1, args.yaml beside it says 0.2" in error or "burn_in_lr" in error
+
+
+def test_a_folder_from_before_a_setting_was_added_goes_on(whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path)
+    state = load_checkpoint(folder / "latest.pt")
+    for name in LATER:
+        del state["settings"][name]
+    save_checkpoint(folder / "latest.pt", state)
+    values = yaml.safe_load((folder / "args.yaml").read_text())
+    (folder / "args.yaml").write_text(yaml.safe_dump({k: v for k, v in values.items() if k not in LATER}))
+    assert run_training("--resume", str(folder)) == 0
+    assert not differences(contents(folder), contents(whole))
 
 
 VALUES = st.one_of(

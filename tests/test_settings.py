@@ -64,7 +64,9 @@ CIFAR10 = {
     "device": "cuda" if torch.cuda.is_available() else "cpu",
     "amp": "none",
     "channels_last": False,
+    "tf32": True,
     "compile": False,
+    "cuda_graphs": False,
     "detect_anomaly": False,
 }
 TINY = {"dataset": "tiny-imagenet", "model": "preact-resnet18", "burn_in_epochs": 20, "epochs": 100}
@@ -212,7 +214,17 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 SWITCHES = ["group-norm", "GroupNorm", "normalize", "nesterov", "augment", "high-quality", "use_high_quality"]
-SWITCHES += ["channels-last", "compile", "detect-anomaly", "dry-run", "clean_training", "DyART", "mart"]
+SWITCHES += [
+    "channels-last",
+    "tf32",
+    "compile",
+    "cuda-graphs",
+    "detect-anomaly",
+    "dry-run",
+    "clean_training",
+    "DyART",
+    "mart",
+]
 POSITIVE = ["burn-in-lr", "lr", "clip-grad", "clip_grad", "r0", "h_prime_r0", "temperature", "attack-eps"]
 POSITIVE += ["attack-step", "checkpoint-minutes"]
 COUNTS = ["burn-in-batch-size", "epochs", "batch-size", "train-subset", "search-steps", "iter_FAB", "attack-iter"]

@@ -310,6 +310,7 @@ def test_an_anomaly_is_named_where_it_is_asked_for(
         ("--dataset mnist", "'mnist' is not one of cifar10, cifar100, tiny-imagenet, digits"),
         ("--device cuda:77", "--device cuda:77: not to be had here"),
         ("--device meta", "--device meta: not to be had here"),
+        ("--device cpu --cuda-graphs", "--cuda-graphs: only on a GPU, not with --device cpu"),
         ("--epochs 0", "--epochs: '0' is not a whole number at least 1"),
         ("--lr -1", "--lr: '-1' is not a number above 0"),
         ("--attack-eps 0", "--attack-eps.*'0' is not a number above 0"),
