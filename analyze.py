@@ -35,17 +35,23 @@ from dyart.dynamics import (
 )
 from dyart.experiment import Experiment, ExperimentError, load_checkpoint, read_json, write_json
 from dyart.losses import LOSSES
-from dyart.margin import CORRECT_ABOVE, Boundary, find_boundary, soft_logit_margin
+from dyart.margin import CORRECT_ABOVE, SEARCHES, Boundary, find_boundary, soft_logit_margin
+from dyart.modes import PRECISIONS, mixed_precision
 from eval import MODEL_SETTINGS, load_candidate, versions
 from models.weights import load_weights
 from settings import build_model, check_stored, dataset_name, loss_options, resolve
 from toy import draw_toy
 from train import build_optimizer, load_splits, stages_of
 
+# Correct examples for which a search finds no boundary point are searched again with so many times the iterations.
+LONGER = 4
 # A step of this length, of parameters whose Euclidean norm is in the tens, is small enough for speeds to hold, and
 # large enough for the margins' changes to stand out from the errors of the search.
 CHECK_STEP = 1e-2
 CHECK_SEARCH_STEPS = 40
+# Searches end when none of them comes closer by this share of the margin, or after so many in turn.
+CHECK_TOLERANCE = 1e-4
+CHECK_ROUNDS = 20
 
 
 def build_parser() -> flags.Parser:
@@ -65,9 +71,9 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--direction", choices=["gradient", "step"], default="gradient", help="step: of latest.pt's optimizer"
     )
-    amp = "autocast, in the updates only (the run's)"
-    g.add_argument("--amp", choices=["none", "bf16"], default=None, help=amp)
-    g.add_argument("--search-steps", type=flags.whole(least=1), default=8, help="iterations for boundary points")
+    g.add_argument("--amp", choices=PRECISIONS, default="searches", help="bfloat16, in the updates only")
+    steps = SEARCHES["fast"][1]
+    g.add_argument("--search-steps", type=flags.whole(least=1), default=steps, help="iterations for boundary points")
     g.add_argument("--history-examples", type=flags.whole(least=1), default=100, help="images, for other checkpoints")
     g.add_argument("--check-speeds", metavar="N", type=flags.whole(), default=0, help="measure N margins' real changes")
     g.add_argument("--nearest", type=flags.whole(least=1), default=8, help="examples shown as images")
@@ -111,12 +117,9 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     state = load_checkpoint(path, foreign=True)
     settings = resolve({name: candidate.identity[name] for name in MODEL_SETTINGS})
     if "settings" in state:
-        settings = state["settings"]
-        check_stored(settings, path)
+        settings = check_stored(state["settings"], path)
     if args.attack_eps is not None:
         settings = settings | {"attack_eps": args.attack_eps, "attack_step": args.attack_eps / 4}
-    if args.amp is not None:
-        settings = settings | {"amp": args.amp}
     if args.data_dir is not None or not Path(settings["data_dir"]).is_dir():
         settings = settings | {"data_dir": args.data_dir or str(DEFAULT_DATA_DIR)}
 
@@ -200,7 +203,7 @@ def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], device: to
         pool.shutdown(cancel_futures=True)
 
 
-def directions(subject: Subject, methods: Sequence[str], examples: Split, size: int) -> dict[str, Direction]:
+def directions(subject: Subject, methods: Sequence[str], examples: Split, size: int, amp: str) -> dict[str, Direction]:
     """Each method's update on all of `examples`, from the same weights, scaled to Euclidean length 1."""
     device = next(subject.model.parameters()).device
     step = {"optimizer": subject.optimizer, "clip_grad": subject.clip_grad}
@@ -214,7 +217,7 @@ def directions(subject: Subject, methods: Sequence[str], examples: Split, size: 
 
         def update(method: str) -> Direction:
             options = loss_options(subject.settings, method)
-            with torch.autocast(device.type, torch.bfloat16, enabled=subject.settings["amp"] == "bf16"):
+            with mixed_precision(amp, device.type):
                 return unit_direction(update_direction(method, subject.model, ticking(), **step, **options))
 
         return dict(zip(methods, in_parallel(update, methods, device), strict=True))
@@ -257,8 +260,18 @@ def measure(
 
 
 def _find(model: nn.Module, x: Tensor, y: Tensor, search: Search, start: Tensor | None = None) -> Boundary:
-    kind = {"norm": search.norm, "temperature": search.temperature, "steps": search.steps}
-    return find_boundary(model, x, y, start=start, **kind)
+    """The boundary points of a batch; correct examples for which none is found are searched for longer."""
+    kind = {"norm": search.norm, "temperature": search.temperature}
+    boundary = find_boundary(model, x, y, steps=search.steps, start=start, **kind)
+    missed = ((boundary.value > CORRECT_ABOVE) & ~boundary.found).nonzero()[:, 0]
+    if len(missed) == 0:
+        return boundary
+    longer = find_boundary(model, x[missed], y[missed], steps=LONGER * search.steps, **kind)
+    return _replaced(boundary, missed, longer)
+
+
+def _replaced(boundary: Boundary, rows: Tensor, others: Boundary) -> Boundary:
+    return Boundary(*(field.index_copy(0, rows, other) for field, other in zip(boundary, others, strict=True)))
 
 
 def by_interval(
@@ -307,15 +320,18 @@ def check_speeds(
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Take a small step along each direction, search again, and compare the margins' changes with the speeds.
 
-    In double precision and with long searches: the changes are far smaller than the errors of others. Even so, where
-    two parts of the boundary are about as far, one search can end at the one and the next at the other, and what lies
-    between them is no change of the margin. So both models are searched twice, from x and from the point that the
-    first search of the other has found, and the closer point counts.
+    In double precision and with long searches: the changes are far smaller than the errors of others. Even so, one
+    search can end at a part of the boundary that the next one passes by, or on the way along a narrow valley, and what
+    lies between two such ends is no change of the margin. So each model is searched again from the closest points that
+    are known of both, until neither comes closer.
     """
     model = copy.deepcopy(model).double()
     search = search._replace(steps=CHECK_SEARCH_STEPS)
     rows, results = [], {}
-    first = [(x, y, _find(model, x, y, search)) for x, y in batches(examples, search.batch_size, model)]
+    settled = [
+        (x, y, *_settle([model], [_find(model, x, y, search)], x, y, search))
+        for x, y in batches(examples, search.batch_size, model)
+    ]
     for method, direction in along.items():
         direction = {name: value.double() for name, value in direction.items()}
         moved = copy.deepcopy(model)
@@ -323,12 +339,8 @@ def check_speeds(
             for name, parameter in moved.named_parameters():
                 parameter += CHECK_STEP * direction[name]
         predicted, measured = [], []
-        for x, y, before in tqdm(first, desc=f"measured speed of {figures.NAMES[method]}", unit="batch", leave=False):
-            after = _find(moved, x, y, search)
-            before, after = (
-                _closer(before, _find(model, x, y, search, after.x), x, search.norm),
-                _closer(after, _find(moved, x, y, search, before.x), x, search.norm),
-            )
+        for x, y, known in tqdm(settled, desc=f"measured speed of {figures.NAMES[method]}", unit="batch", leave=False):
+            before, after = _settle([model, moved], [known, _find(moved, x, y, search)], x, y, search)
             both = before.found & after.found
             change = refined_margin(x, after, search.norm) - refined_margin(x, before, search.norm)
             kind = {"norm": search.norm, "temperature": search.temperature, "x": x}
@@ -339,6 +351,26 @@ def check_speeds(
         rows += [{"method": method, "speed": s, "measured": m} for s, m in table]
         results[method] = _agreement(speed, change)
     return rows, results
+
+
+def _settle(
+    models: Sequence[nn.Module], found: Sequence[Boundary], x: Tensor, y: Tensor, search: Search
+) -> list[Boundary]:
+    """Search each model in turn from the boundary points found of the last one, until none comes closer."""
+    found, moving = list(found), torch.arange(len(y), device=y.device)
+    for _ in range(CHECK_ROUNDS):
+        closer = torch.zeros(len(moving), dtype=torch.bool, device=y.device)
+        pixels = x[moving]
+        for index, model in enumerate(models):
+            old, last = (Boundary(*(field[moving] for field in found[i])) for i in (index, index - 1))
+            new = _closer(old, _find(model, pixels, y[moving], search, last.x), pixels, search.norm)
+            margins = [refined_margin(pixels, boundary, search.norm) for boundary in (old, new)]
+            closer |= (new.found & ~old.found) | (margins[1] < (1 - CHECK_TOLERANCE) * margins[0])
+            found[index] = _replaced(found[index], moving, new)
+        moving = moving[closer]
+        if len(moving) == 0:
+            break
+    return found
 
 
 def _closer(first: Boundary, second: Boundary, x: Tensor, norm: str) -> Boundary:
@@ -441,7 +473,7 @@ def analyze(args: Any) -> dict[str, Any]:
     search = exact if args.boundary == "exact" else soft
 
     examples = choose_correct(model, train, args.examples, search.temperature, args.batch_size)
-    along = directions(subject, args.methods, examples, args.batch_size)
+    along = directions(subject, args.methods, examples, args.batch_size, args.amp)
     measured = measure(model, examples, search, along, "speeds on train")
     found = np.isfinite(measured["margin"])
     margin = measured["margin"][found]
@@ -491,7 +523,7 @@ def analyze(args: Any) -> dict[str, Any]:
         "boundary": args.boundary,
         "temperature": None if search is exact else search.temperature,
         "direction": args.direction,
-        "amp": settings["amp"],
+        "amp": args.amp,
         "seed": args.seed,
         "search_steps": args.search_steps,
         "vulnerable_below": below,

@@ -32,7 +32,7 @@ from dyart.experiment import write_json
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, is_locally_closest, soft_logit_margin
-from dyart.modes import frozen
+from dyart.modes import PRECISIONS, frozen, mixed_precision
 from dyart.projection import NORMS
 from eval import device_name, load_candidate, versions
 from settings import build_model, dataset_name
@@ -81,7 +81,7 @@ def build_parser() -> flags.Parser:
     g = p.add_argument_group("where and how")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     g.add_argument("--threads", type=flags.whole(least=1), default=torch.get_num_threads(), help="of the CPU")
-    g.add_argument("--amp", choices=["none", "bf16"], default="none", help="autocast, in the search and in training")
+    g.add_argument("--amp", choices=PRECISIONS, default="none", help="bfloat16 in searches only, or also in training")
     flags.add_switch(g, "--tf32", default=True, help="TensorFloat-32 for float32 on a GPU")
     flags.add_switch(g, "--channels-last", default=True, help="memory layout of images and weights")
     flags.add_switch(g, "--compile", default=False, help="torch.compile")
@@ -178,7 +178,7 @@ def load_subject(target: str | None, options: dict[str, Any]) -> Subject:
             y = model(x).argmax(1)
 
     def autocast() -> Any:
-        return torch.autocast(device.type, torch.bfloat16, enabled=options["amp"] == "bf16")
+        return mixed_precision(options["amp"], device.type)
 
     return Subject(model, identity, x, y, autocast, options["norm"])
 
@@ -226,11 +226,11 @@ def measure_times(subject: Subject, options: dict[str, Any], rate: float) -> dic
     rows = correct.nonzero()[:, 0] if x.device.type == "cpu" else slice(None)
 
     def forward() -> None:
-        with frozen(model), torch.no_grad(), subject.autocast():
+        with subject.autocast(), frozen(model), torch.no_grad():
             model(x)
 
     def input_gradient(rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
-        with frozen(model), subject.autocast():
+        with subject.autocast(), frozen(model):
             pixels = x[rows].requires_grad_(True)
             value = soft_logit_margin(model(pixels), y[rows])
             return value.detach(), torch.autograd.grad(value.sum(), pixels)[0].flatten(1)

@@ -13,6 +13,7 @@ from data import DATASETS, DEFAULT_DATA_DIR
 from dyart.experiment import ExperimentError, check_settings
 from dyart.losses import LOSSES
 from dyart.margin import SEARCHES
+from dyart.modes import PRECISIONS
 from dyart.projection import NORMS
 from dyart.schedules import SCHEDULES
 from flags import add_switch, number, optional, whole
@@ -187,7 +188,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--track-dynamics", type=whole(), default=0, help="epochs: speeds into metrics.csv; 0: never")
     g.add_argument("--checkpoint-minutes", type=optional(positive), default=None, help="also within an epoch")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    g.add_argument("--amp", choices=["none", "bf16"], default="none", help="mixed precision")
+    g.add_argument("--amp", choices=PRECISIONS, default="none", help="bfloat16 in searches only, or in all passes")
     add_switch(g, "--channels-last", default=False, help="memory format of weights and images")
     add_switch(g, "--tf32", default=True, help="TensorFloat-32 for float32 on a GPU")
     add_switch(g, "--compile", default=False, help="torch.compile the model")

@@ -34,6 +34,7 @@ from dyart.dynamics import negative_speed_share
 from dyart.experiment import Experiment, ExperimentError, Loaded, check_settings, load_checkpoint
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
+from dyart.modes import mixed_precision
 from dyart.schedules import SCHEDULES
 from models.weights import load_weights
 from models.wide_resnet import WideResNet
@@ -468,7 +469,6 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
         options["generator"] = generator
     if stage.method == "dyart":
         options["graphs"] = run.graphs
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=settings["amp"] == "bf16")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.monotonic() - meter.state["seconds"]
@@ -493,7 +493,7 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
                 batch_norm_momentum(run.model, 1.0 if first else None),
                 anomalies_detected(settings["detect_anomaly"], run),
             ):
-                with autocast:
+                with mixed_precision(settings["amp"], device.type):
                     loss, metrics = LOSSES[stage.method](run.model, x, y, **options)
                 loss.backward()
             norm = nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip_grad or math.inf).item()

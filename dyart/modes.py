@@ -1,10 +1,34 @@
-"""The state a model is put in while something is searched on it, and its exact return from there."""
+"""The state and the precision of a model while something is searched on it, and its exact return from there."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+# Where autocast is to lower the precision: "searches" are attacks and boundary searches.
+PRECISIONS = ("none", "searches", "bf16")
+# The kind of device that searches are autocast on, where they are.
+_SEARCHES_ON: ContextVar[str | None] = ContextVar("searches_on", default=None)
+
+
+@contextmanager
+def mixed_precision(amp: str, device_type: str) -> Iterator[None]:
+    """Autocast to bfloat16: nothing ("none"), all ("bf16"), or all that happens to a `frozen` model ("searches").
+
+    The last takes attacks and boundary searches in bfloat16, and in float32 what the parameters are trained on. Like
+    torch.autocast it holds for the present thread.
+    """
+    if amp not in PRECISIONS:
+        raise ValueError(f"unknown precision {amp!r}: choose from {', '.join(PRECISIONS)}")
+    token = _SEARCHES_ON.set(device_type if amp == "searches" else None)
+    try:
+        with torch.autocast(device_type, torch.bfloat16, enabled=amp == "bf16"):
+            yield
+    finally:
+        _SEARCHES_ON.reset(token)
 
 
 @contextmanager
@@ -25,6 +49,8 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[nn.M
     training = [(module, module.training) for module in model.modules()]
     tracking = [(module, module.track_running_stats) for module, _ in training if isinstance(module, _BatchNorm)]
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    kind = _SEARCHES_ON.get()
+    autocast = nullcontext() if kind is None else torch.autocast(kind, torch.bfloat16)
     try:
         model.eval()
         model.requires_grad_(False)
@@ -32,7 +58,8 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[nn.M
             for module, _ in tracking:
                 # Training without tracking, BatchNorm is handed no running statistics, so it cannot change them.
                 module.training, module.track_running_stats = True, False
-        yield model
+        with autocast:
+            yield model
     finally:
         for module, flag in training:
             module.training = flag

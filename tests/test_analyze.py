@@ -65,22 +65,44 @@ def test_all_figures_and_tables_are_written(analysed):
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in analysed.glob("*.png"))
 
 
-def test_updates_are_taken_in_the_precision_of_the_run_or_of_the_flag(folder, monkeypatch):
+def test_updates_are_taken_in_the_precision_of_the_flag(folder):
     def update(*argv):
         args = analyze.build_parser().parse_args([str(folder), "--device", "cpu", *argv])
         subject = analyze.load_subject(args, torch.device("cpu"))
         examples = analyze.load_splits(subject.settings)[0]
-        return analyze.directions(subject, ["at"], examples, 20)["at"]
+        return analyze.directions(subject, ["at"], examples, 20, args.amp)["at"]
 
-    plain, same, half = update(), update("--amp", "none"), update("--amp", "bf16")
-    trained_so = analyze.load_checkpoint(folder / "best.pt", foreign=True)
-    trained_so["settings"]["amp"] = "bf16"
-    monkeypatch.setattr(analyze, "load_checkpoint", lambda *_, **__: trained_so)
-    assert all(torch.equal(value, half[name]) for name, value in update().items())
-    cosine = sum((plain[name] * half[name]).sum() for name in plain)
-    assert all(torch.equal(plain[name], same[name]) for name in plain)
-    assert 0.9 < cosine < 0.999999
-    assert all(value.dtype == torch.float32 for value in half.values())
+    plain, searches, half = update("--amp", "none"), update("--amp", "searches"), update("--amp", "bf16")
+    for value, other in ((searches, update()), (plain, update("--amp", "none"))):
+        assert all(torch.equal(value[name], other[name]) for name in plain)
+    for other in (searches, half):
+        cosine = sum((plain[name] * other[name]).sum() for name in plain)
+        assert 0.9 < cosine < 0.9999999
+        assert all(value.dtype == torch.float32 for value in other.values())
+
+
+def test_examples_that_a_search_misses_are_searched_for_longer(monkeypatch):
+    """The search is made to miss example 1; the longer one that follows finds it, and touches no other."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double(), torch.rand(4, 3, 2, 2).double()
+    y = model(x).argmax(1)
+    y[3] = 1 - y[3]
+    searched, sizes = analyze.find_boundary, []
+
+    def find_boundary(model, x, labels, **options):
+        sizes.append((len(x), options["steps"]))
+        boundary = searched(model, x, labels, **options)
+        if len(sizes) == 1:
+            boundary.found[1], boundary.value[1] = False, 1.0
+        return boundary
+
+    monkeypatch.setattr(analyze, "find_boundary", find_boundary)
+    search = Search("Linf", math.inf, 5, 4)
+    boundary = analyze._find(model, x, y, search)
+    assert sizes == [(4, 5), (1, 5 * analyze.LONGER)]
+    assert boundary.found.tolist() == [True, True, True, False]
+    expected = searched(model, x, y, temperature=math.inf, steps=50)
+    torch.testing.assert_close(boundary.margin, expected.margin, rtol=0.05, atol=0)
 
 
 @pytest.mark.parametrize("spoiled", ["before the step", "after it"])
