@@ -71,7 +71,8 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--direction", choices=["gradient", "step"], default="gradient", help="step: of latest.pt's optimizer"
     )
-    g.add_argument("--amp", choices=PRECISIONS, default="searches", help="bfloat16, in the updates only")
+    amp = "bfloat16, in the updates only (searches; with --direction step, the run's)"
+    g.add_argument("--amp", choices=PRECISIONS, default=None, help=amp)
     steps = SEARCHES["fast"][1]
     g.add_argument("--search-steps", type=flags.whole(least=1), default=steps, help="iterations for boundary points")
     g.add_argument("--history-examples", type=flags.whole(least=1), default=100, help="images, for other checkpoints")
@@ -323,63 +324,61 @@ def check_speeds(
     In double precision and with long searches: the changes are far smaller than the errors of others. Even so, one
     search can end at a part of the boundary that the next one passes by, or on the way along a narrow valley, and what
     lies between two such ends is no change of the margin. So each model is searched again from the closest points that
-    are known of both, until neither comes closer.
+    are known of both, until neither comes closer. What is tested are the speeds at the points found, and not that
+    these are the closest of all.
     """
     model = copy.deepcopy(model).double()
     search = search._replace(steps=CHECK_SEARCH_STEPS)
-    rows, results = [], {}
-    settled = [
-        (x, y, *_settle([model], [_find(model, x, y, search)], x, y, search))
-        for x, y in batches(examples, search.batch_size, model)
-    ]
+    rows, results, known = [], {}, []
+    for x, y in batches(examples, search.batch_size, model):
+        (before,), _ = _settle([model], [_find(model, x, y, search)], x, y, search)
+        known.append((x, y, before))
     for method, direction in along.items():
         direction = {name: value.double() for name, value in direction.items()}
         moved = copy.deepcopy(model)
         with torch.no_grad():
             for name, parameter in moved.named_parameters():
                 parameter += CHECK_STEP * direction[name]
-        predicted, measured = [], []
-        for x, y, known in tqdm(settled, desc=f"measured speed of {figures.NAMES[method]}", unit="batch", leave=False):
-            before, after = _settle([model, moved], [known, _find(moved, x, y, search)], x, y, search)
+        predicted, measured, unsettled = [], [], 0
+        bar = tqdm(known, desc=f"measured speed of {figures.NAMES[method]}", unit="batch", leave=False)
+        for index, (x, y, before) in enumerate(bar):
+            (before, after), moving = _settle([model, moved], [before, _find(moved, x, y, search)], x, y, search)
+            known[index] = x, y, before
             both = before.found & after.found
             change = refined_margin(x, after, search.norm) - refined_margin(x, before, search.norm)
             kind = {"norm": search.norm, "temperature": search.temperature, "x": x}
             predicted.append(boundary_speed(model, before, y, direction, **kind)[both])
             measured.append(change[both] / CHECK_STEP)
+            unsettled += moving
         speed, change = torch.cat(predicted).cpu().numpy(), torch.cat(measured).cpu().numpy()
         table = zip(speed.tolist(), change.tolist(), strict=True)
         rows += [{"method": method, "speed": s, "measured": m} for s, m in table]
-        results[method] = _agreement(speed, change)
+        # Without a margin before or after the step there is no change of it.
+        counts = {"without_margin": len(examples.labels) - len(speed), "unsettled": unsettled}
+        results[method] = _agreement(speed, change) | counts
     return rows, results
 
 
 def _settle(
     models: Sequence[nn.Module], found: Sequence[Boundary], x: Tensor, y: Tensor, search: Search
-) -> list[Boundary]:
-    """Search each model in turn from the boundary points found of the last one, until none comes closer."""
+) -> tuple[list[Boundary], int]:
+    """Search each model in turn from the boundary points found of the last one, until none comes closer.
+
+    Returns the closest points of each, and of how many examples one still came closer in the last round.
+    """
     found, moving = list(found), torch.arange(len(y), device=y.device)
     for _ in range(CHECK_ROUNDS):
         closer = torch.zeros(len(moving), dtype=torch.bool, device=y.device)
-        pixels = x[moving]
         for index, model in enumerate(models):
             old, last = (Boundary(*(field[moving] for field in found[i])) for i in (index, index - 1))
-            new = _closer(old, _find(model, pixels, y[moving], search, last.x), pixels, search.norm)
-            margins = [refined_margin(pixels, boundary, search.norm) for boundary in (old, new)]
-            closer |= (new.found & ~old.found) | (margins[1] < (1 - CHECK_TOLERANCE) * margins[0])
-            found[index] = _replaced(found[index], moving, new)
+            new = _find(model, x[moving], y[moving], search, last.x)
+            better = new.found & (~old.found | (new.margin < old.margin))
+            closer |= new.found & (~old.found | (new.margin < (1 - CHECK_TOLERANCE) * old.margin))
+            found[index] = _replaced(found[index], moving[better], Boundary(*(field[better] for field in new)))
         moving = moving[closer]
         if len(moving) == 0:
             break
-    return found
-
-
-def _closer(first: Boundary, second: Boundary, x: Tensor, norm: str) -> Boundary:
-    """Of each example's two boundary points the closer one, once both are moved onto the boundary."""
-    margins = [torch.where(b.found, refined_margin(x, b, norm), math.inf) for b in (first, second)]
-    closer = margins[1] < margins[0]
-    return Boundary(
-        *(torch.where(closer.view(-1, *[1] * (a.dim() - 1)), b, a) for a, b in zip(first, second, strict=True))
-    )
+    return found, len(moving)
 
 
 def _agreement(speed: np.ndarray, change: np.ndarray) -> dict[str, Any]:
@@ -458,6 +457,7 @@ def analyze(args: Any) -> dict[str, Any]:
     """
     started = time.monotonic()
     device = flags.device(args.device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     subject = load_subject(args, device)
     model, settings, norm = subject.model, subject.settings, subject.settings["norm"]
     default = Path("figures") if subject.folder is None else subject.folder / "figures"
@@ -473,7 +473,8 @@ def analyze(args: Any) -> dict[str, Any]:
     search = exact if args.boundary == "exact" else soft
 
     examples = choose_correct(model, train, args.examples, search.temperature, args.batch_size)
-    along = directions(subject, args.methods, examples, args.batch_size, args.amp)
+    amp = args.amp or (settings["amp"] if args.direction == "step" else "searches")
+    along = directions(subject, args.methods, examples, args.batch_size, amp)
     measured = measure(model, examples, search, along, "speeds on train")
     found = np.isfinite(measured["margin"])
     margin = measured["margin"][found]
@@ -523,7 +524,7 @@ def analyze(args: Any) -> dict[str, Any]:
         "boundary": args.boundary,
         "temperature": None if search is exact else search.temperature,
         "direction": args.direction,
-        "amp": args.amp,
+        "amp": amp,
         "seed": args.seed,
         "search_steps": args.search_steps,
         "vulnerable_below": below,

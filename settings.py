@@ -188,11 +188,12 @@ def build_parser() -> flags.Parser:
     g.add_argument("--track-dynamics", type=whole(), default=0, help="epochs: speeds into metrics.csv; 0: never")
     g.add_argument("--checkpoint-minutes", type=optional(positive), default=None, help="also within an epoch")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    g.add_argument("--amp", choices=PRECISIONS, default="none", help="bfloat16 in searches only, or in all passes")
+    g.add_argument("--amp", choices=PRECISIONS, default="none", help="bfloat16 in searches only, or in all of a step")
     add_switch(g, "--channels-last", default=False, help="memory format of weights and images")
     add_switch(g, "--tf32", default=True, help="TensorFloat-32 for float32 on a GPU")
     add_switch(g, "--compile", default=False, help="torch.compile the model")
-    add_switch(g, "--cuda-graphs", default=False, help="on a GPU, replay the boundary search from a recording")
+    graphs = "on a GPU, replay the boundary search from a captured graph (not with --detect-anomaly)"
+    add_switch(g, "--cuda-graphs", default=False, help=graphs)
     add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
     add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 

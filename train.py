@@ -38,7 +38,7 @@ from dyart.modes import mixed_precision
 from dyart.schedules import SCHEDULES
 from models.weights import load_weights
 from models.wide_resnet import WideResNet
-from settings import ACTIONS, PLACE, build_model, check_stored, default_name, loss_options, parse, resolve
+from settings import ACTIONS, LATER, PLACE, build_model, check_stored, default_name, loss_options, parse, resolve
 
 # A run stops at this many steps in a row whose loss or gradient is not finite.
 MAX_BAD_STEPS = 10
@@ -409,7 +409,8 @@ def begin_stage(settings: dict[str, Any], index: int, model: nn.Module, data: Da
     optimizer = build_optimizer(model, stage, settings)
     scheduler = SCHEDULES[stage.scheduler].make(optimizer, stage.lr, stage.epochs, len(loader))
     progress.stage = index
-    graphs = CudaGraphs() if settings["cuda_graphs"] else None
+    # To look for anomalies waits for the GPU, which a captured graph cannot.
+    graphs = CudaGraphs() if settings["cuda_graphs"] and not settings["detect_anomaly"] else None
     return Run(settings, stage, loader, model, average, optimizer, scheduler, progress, Meter(), graphs)
 
 
@@ -636,9 +637,9 @@ def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
     """Hold a checkpoint against the settings of its folder, and where it stands against their stages."""
     state, path = loaded.state, loaded.path
     check_state(state.get("progress"), vars(Progress()), f"{path}: progress")
-    theirs = state.get("settings")
-    if not isinstance(theirs, dict):
+    if not isinstance(state.get("settings"), dict):
         raise ExperimentError(f"{path}: no settings in it")
+    theirs = LATER | state["settings"]
     may_differ = {*PLACE, "epochs"} if SCHEDULES[settings["scheduler"]].extendable else {*PLACE}
     for name in settings.keys() - may_differ:
         if name not in theirs or theirs[name] != settings[name]:

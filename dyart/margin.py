@@ -126,9 +126,10 @@ def find_boundary(
     generator : torch.Generator, optional
         Source of that noise.
     start : Tensor (n, ...), optional
-        Where the search starts instead: boundary points found before, say, of weights that have changed little since.
+        Where the search starts instead: boundary points found before, for weights that have changed little since, say.
+        From other points "fast" takes many more steps, since it keeps to where it starts.
     graphs : CudaGraphs, optional
-        On a GPU, record the search at its first call for a shape of x and replay it from then on.
+        On a GPU, capture the search at its first call for a shape of x and replay it from then on.
 
     Returns
     -------

@@ -37,7 +37,7 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[nn.M
 
     Inside, dropout is off and gradients reach the input only. On the way out, also after an exception, each module
     gets back its own training flag and each parameter its own requires_grad flag, so that a model with some layers
-    frozen by its owner keeps them so.
+    frozen by its owner keeps them so. Autocast is on where `mixed_precision` asks for it in searches.
 
     Parameters
     ----------

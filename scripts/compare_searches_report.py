@@ -1,4 +1,5 @@
-"""End compare_searches.sh: the accuracies of both searches side by side, and the spread over the seeds.
+"""End compare_searches.sh: the accuracies of both searches side by side, with their spread over the seeds, and the
+difference of the two at the same seed, with its standard error.
 
 python scripts/compare_searches_report.py FOLDER OUTPUT.json
 """
@@ -41,6 +42,13 @@ def main() -> int:
             mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
             summary[f"{search}, {key}"] = {"mean": mean / 100, "standard_deviation": spread / 100}
             print(f"{search:8}{label:>18}{mean:8.1f}{spread:8.1f}   " + " ".join(f"{value:.1f}" for value in values))
+    by_seed = {(run["search"], run["seed"]): run for run in runs}
+    seeds = sorted(seed for search, seed in by_seed if search == "fast" and ("fab", seed) in by_seed)
+    for key, label in FIGURES.items() if len(seeds) > 1 else ():
+        gains = [100 * (by_seed["fast", seed][key] - by_seed["fab", seed][key]) for seed in seeds]
+        mean, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
+        summary[f"fast - fab, {key}"] = {"mean": mean / 100, "standard_error": error / 100, "seeds": len(seeds)}
+        print(f"{'fast-fab':8}{label:>18}{mean:+8.1f}{error:8.1f}   " + " ".join(f"{gain:+.1f}" for gain in gains))
     write_json(output, {"summary": summary, "runs": runs})
     print(f"figures in {output}")
     return 0

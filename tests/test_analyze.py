@@ -14,7 +14,8 @@ from analyze import Search, autoattack_points, by_interval, choose_correct, meas
 from data import Split
 from dyart.dynamics import wilson_interval
 from dyart.experiment import load_checkpoint, write_json
-from dyart.margin import soft_logit_margin
+from dyart.margin import Boundary, find_boundary, soft_logit_margin
+from dyart.modes import PRECISIONS
 from eval import load_candidate, sha256
 from tests.runs import refusal, run_training, tiny
 
@@ -66,19 +67,26 @@ def test_all_figures_and_tables_are_written(analysed):
 
 
 def test_updates_are_taken_in_the_precision_of_the_flag(folder):
-    def update(*argv):
-        args = analyze.build_parser().parse_args([str(folder), "--device", "cpu", *argv])
+    def update(amp):
+        args = analyze.build_parser().parse_args([str(folder), "--device", "cpu"])
         subject = analyze.load_subject(args, torch.device("cpu"))
         examples = analyze.load_splits(subject.settings)[0]
-        return analyze.directions(subject, ["at"], examples, 20, args.amp)["at"]
+        return analyze.directions(subject, ["at"], examples, 20, amp)["at"]
 
-    plain, searches, half = update("--amp", "none"), update("--amp", "searches"), update("--amp", "bf16")
-    for value, other in ((searches, update()), (plain, update("--amp", "none"))):
-        assert all(torch.equal(value[name], other[name]) for name in plain)
-    for other in (searches, half):
-        cosine = sum((plain[name] * other[name]).sum() for name in plain)
-        assert 0.9 < cosine < 0.9999999
+    plain, searches, half = (update(amp) for amp in PRECISIONS)
+    for one, other in ((plain, searches), (searches, half), (half, plain)):
+        assert 0.9 < sum((one[name] * other[name]).sum() for name in plain) < 1.0001
+        assert not all(torch.equal(one[name], other[name]) for name in plain)
         assert all(value.dtype == torch.float32 for value in other.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "amp"), [([], "searches"), (["--direction", "step"], "none"), (["--amp", "bf16"], "bf16")]
+)
+def test_the_precision_of_the_updates_is_recorded(folder, tmp_path, flags, amp):
+    few = ["--examples", "3", "--history-examples", "1", "--methods", "at", "--output-dir", str(tmp_path)]
+    assert analyze.main([str(folder), *few, *flags, "--device", "cpu"]) == 0
+    assert json.loads((tmp_path / "dynamics.json").read_text())["amp"] == amp
 
 
 def test_examples_that_a_search_misses_are_searched_for_longer(monkeypatch):
@@ -141,6 +149,46 @@ def test_a_search_that_misses_the_closest_point_is_made_up_for(monkeypatch, spoi
     assert results["at"]["equal_signs"] == 1
     for row in rows:
         assert row["measured"] == pytest.approx(row["speed"], rel=0.01)
+
+
+class Strip(nn.Module):
+    """Class 0 between 0.4 and 0.7 of the first pixel."""
+
+    def forward(self, x):
+        first = x[:, 0]
+        return torch.stack([torch.zeros_like(first), first - 0.7, 0.4 - first], 1)
+
+
+@pytest.mark.parametrize("far", [0, 1])
+def test_the_point_of_one_model_leads_the_other_to_the_closer_boundary(far):
+    x, y = torch.tensor([[0.52, 0.5]]).double(), torch.zeros(1, dtype=torch.int64)
+    models, search = [Strip(), Strip()], Search("Linf", math.inf, 20, 1)
+    found = [find_boundary(Strip(), x, y, temperature=math.inf, steps=20, start=x + 0.17 * s) for s in (-0.7, 1)]
+    assert [round(boundary.margin.item(), 2) for boundary in found] == [0.12, 0.18]
+    settled, moving = analyze._settle(models, found if far else found[::-1], x, y, search)
+    assert [round(boundary.margin.item(), 2) for boundary in settled] == [0.12, 0.12]
+    assert moving == 0
+
+
+@pytest.mark.parametrize("gains", [3, 10**6])
+def test_searches_go_on_while_an_example_comes_closer(monkeypatch, gains):
+    """Example 1 comes closer by a tenth, so many times; example 0 never does, and is not searched again."""
+    x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    found = Boundary(x, torch.tensor([True, True]), torch.ones(2), torch.zeros(2), torch.ones(2, 3))
+    sizes = []
+
+    def find(model, x, y, search, start):
+        sizes.append(len(x))
+        margin = torch.ones(len(x))
+        margin[-1] = 0.9 ** min(len(sizes), gains)
+        return Boundary(x, torch.ones(len(x), dtype=torch.bool), margin, torch.zeros(len(x)), torch.ones_like(x))
+
+    monkeypatch.setattr(analyze, "_find", find)
+    (settled,), moving = analyze._settle([None], [found], x, y, Search("Linf", math.inf, 5, 2))
+    rounds = min(gains + 1, analyze.CHECK_ROUNDS)
+    assert sizes == [2] + [1] * (rounds - 1)
+    torch.testing.assert_close(settled.margin, torch.tensor([1, 0.9 ** min(gains, rounds)]))
+    assert moving == (gains > rounds)
 
 
 def test_methods_are_paired_example_by_example():

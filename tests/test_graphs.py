@@ -1,4 +1,4 @@
-"""CUDA graphs: what is held, replayed and handed out; on the CPU with a recording that runs the function again."""
+"""CUDA graphs: what is held, replayed and handed out; on the CPU with a stand-in that runs the function again."""
 
 import copy
 
@@ -10,6 +10,7 @@ from dyart import graphs as graphs_module
 from dyart.graphs import CudaGraphs
 from dyart.losses import dyart_loss
 from dyart.margin import find_boundary
+from dyart.modes import mixed_precision
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs exist only with a GPU")
 
@@ -30,11 +31,11 @@ def batch(model, seed, n=8):
 
 
 @pytest.fixture
-def recordings(monkeypatch):
-    """As on an accelerator shapes are fixed, and a replay writes to the tensors that the recording filled."""
+def captures(monkeypatch):
+    """As on an accelerator shapes are fixed, and a replay writes to the tensors that the capture filled."""
     made = []
 
-    def record(function, inputs):
+    def capture(function, inputs):
         outputs = [output.clone() for output in function(*inputs)]
 
         def replay():
@@ -44,19 +45,29 @@ def recordings(monkeypatch):
         made.append(inputs)
         return replay, outputs
 
-    monkeypatch.setattr(graphs_module, "record", record)
+    monkeypatch.setattr(graphs_module, "capture", capture)
     monkeypatch.setattr("dyart.margin.has_fixed_shapes", lambda x: True)
     monkeypatch.setattr("dyart.projection.has_fixed_shapes", lambda x: True)
     return made
 
 
-def check_searches(model):
+WAYS = {
+    "fast": ({}, "none"),
+    "L2": ({"norm": "L2"}, "none"),
+    "fab": ({"search": "fab", "init_radius": 0.0}, "none"),
+    "bf16": ({}, "searches"),
+}
+
+
+def check_searches(model, way):
+    options, amp = WAYS[way]
     graphs, kept = CudaGraphs(), []
     for seed in range(3):
         x, y = batch(model, seed)
-        expected = find_boundary(model, x, y)
+        with mixed_precision(amp, x.device.type):
+            expected = find_boundary(model, x, y, **options)
+            kept.append((expected, find_boundary(model, x, y, graphs=graphs, **options)))
         assert expected.found.tolist() == [False] + [True] * 7
-        kept.append((expected, find_boundary(model, x, y, graphs=graphs)))
         with torch.no_grad():  # as an optimizer does
             for parameter in model.parameters():
                 parameter *= 1.1
@@ -66,17 +77,20 @@ def check_searches(model):
             torch.testing.assert_close(field, other)
 
 
-def test_replayed_searches_find_what_searches_find(recordings):
-    check_searches(conv_net())
-    assert len(recordings) == 1
+@pytest.mark.parametrize("way", WAYS)
+def test_replayed_searches_find_what_searches_find(captures, way):
+    check_searches(conv_net(), way)
+    assert len(captures) == 1
 
 
 @NEEDS_GPU
-def test_recorded_searches_find_what_searches_find():
-    check_searches(conv_net().cuda())
+@pytest.mark.parametrize("way", WAYS)
+def test_captured_searches_find_what_searches_find(way, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    check_searches(conv_net().cuda(), way)
 
 
-def test_what_differs_is_recorded_anew(recordings):
+def test_what_differs_is_captured_anew(captures):
     model, graphs = conv_net(), CudaGraphs()
     x, y = batch(model, 0)
     other = copy.deepcopy(model)
@@ -93,13 +107,13 @@ def test_what_differs_is_recorded_anew(recordings):
     for _ in range(2):
         for way in ways:
             way()
-    assert len(recordings) == len(ways)
+    assert len(captures) == len(ways)
     with torch.autocast("cpu", torch.bfloat16):
         ways[0]()
-    assert len(recordings) == len(ways) + 1
+    assert len(captures) == len(ways) + 1
 
 
-def test_a_start_at_x_itself_stays_that_in_a_recording(recordings):
+def test_a_start_at_x_itself_stays_that_in_a_graph(captures):
     """Else the search would take one more pass through the network."""
     model, graphs, calls = conv_net(), CudaGraphs(), []
     x, y = batch(model, 0)
@@ -107,7 +121,7 @@ def test_a_start_at_x_itself_stays_that_in_a_recording(recordings):
     find_boundary(model, x, y)
     passes = len(calls)
     find_boundary(model, x, y, graphs=graphs)
-    assert len(calls) == 3 * passes  # once more to record, once more to replay
+    assert len(calls) == 3 * passes  # once more to capture, once more to replay
 
 
 def check_losses(model):
@@ -125,11 +139,12 @@ def check_losses(model):
         model.eval()
 
 
-def test_the_loss_has_the_same_gradient_with_a_replayed_search(recordings):
+def test_the_loss_has_the_same_gradient_with_a_replayed_search(captures):
     check_losses(conv_net())
-    assert len(recordings) == 1
+    assert len(captures) == 1
 
 
 @NEEDS_GPU
-def test_the_loss_has_the_same_gradient_with_a_recorded_search():
+def test_the_loss_has_the_same_gradient_with_a_captured_search(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     check_losses(conv_net().cuda())
