@@ -18,6 +18,7 @@ from dyart.margin import Boundary, find_boundary, soft_logit_margin
 from dyart.modes import PRECISIONS
 from eval import load_candidate, sha256
 from tests.runs import refusal, run_training, tiny
+from tests.test_margin import Strip
 
 FIGURES = ["speed_over_margin", "negative_speeds", "margins", "robustness", "nearest"]
 TABLES = ["speeds", "negative_speeds", "margins", "margins_over_time", "robustness", "nearest"]
@@ -149,14 +150,6 @@ def test_a_search_that_misses_the_closest_point_is_made_up_for(monkeypatch, spoi
     assert results["at"]["equal_signs"] == 1
     for row in rows:
         assert row["measured"] == pytest.approx(row["speed"], rel=0.01)
-
-
-class Strip(nn.Module):
-    """Class 0 between 0.4 and 0.7 of the first pixel."""
-
-    def forward(self, x):
-        first = x[:, 0]
-        return torch.stack([torch.zeros_like(first), first - 0.7, 0.4 - first], 1)
 
 
 @pytest.mark.parametrize("far", [0, 1])
