@@ -7,6 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../scripts/common.sh"
     echo "error: $PYTHON lacks the packages; run first: $PYTHON -m pip install -r $ROOT/requirements.txt" >&2
     exit 2
 }
-# PYTHONSAFEPATH: a package named data in the current directory must not be taken for ours.
-PYTHONSAFEPATH=1 PYTHONPATH="$ROOT" exec "$PYTHON" -c \
-    'import sys; from data.tiny_imagenet import main; sys.exit(main())' "$@"
+# In the place of the current directory, whose package named data, if any, must not be taken for ours. (Python 3.10 has
+# no PYTHONSAFEPATH.)
+exec "$PYTHON" -c 'import sys; sys.path[0] = sys.argv.pop(1); from data.tiny_imagenet import main; sys.exit(main())' \
+    "$ROOT" "$@"
