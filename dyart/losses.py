@@ -225,12 +225,13 @@ def dyart_loss(
     steps: int | None = None,
     init_radius: float | None = None,
     high_quality: bool = True,
+    overshoot: float = 0.0,
     generator: torch.Generator | None = None,
     graphs: CudaGraphs | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DyART: mean CE(x) + (λ/n) Σ h(R_β(x)) over the correct examples, with h'(R) = −exp(−αR) for R < r0, else 0.
 
-    The gradient is exact; the value of the robust term is that of its surrogate,
+    Without overshoot the gradient is exact; the value of the robust term is that of its surrogate,
     −(λ/n) Σ exp(−αR_i)·1[R_i < r0] / ‖∇_x Φ_β(x̂_i)‖_q · Φ_β(x̂_i; θ), with x̂_i and the weight held constant: about 0.
     n is the whole batch. The search for the x̂_i runs in eval mode; the two forward passes run in train mode, the
     boundary points first, so that the running statistics end on those of the clean batch. The loss carries the
@@ -250,6 +251,9 @@ def dyart_loss(
         The boundary search, see `dyart.margin.find_boundary`.
     high_quality : bool
         Leave out the boundary points that do not pass `dyart.margin.is_locally_closest`.
+    overshoot : float
+        Where Φ_β of the robust term is taken: beyond x̂_i by this share of its distance, at x_i + (1 + overshoot)
+        (x̂_i − x_i) clamped to the box. At 0 the gradient is that of the margins.
 
     Returns
     -------
@@ -261,11 +265,13 @@ def dyart_loss(
     Raises
     ------
     ValueError
-        For an empty batch, and as `find_boundary` does.
+        For an empty batch, an overshoot out of range, and as `find_boundary` does.
 
     Source: Xu et al., 2023, section 4.
     """
     _check(x)
+    if not 0 <= overshoot < math.inf:
+        raise ValueError(f"overshoot must be finite and at least 0, got {overshoot}")
     boundary = find_boundary(
         model,
         x,
@@ -284,7 +290,10 @@ def dyart_loss(
     model.train()
     robust = x.new_zeros(())
     if len(rows):
-        value = soft_logit_margin(model(boundary.x[rows]), y[rows], temperature)
+        points = boundary.x[rows]
+        if overshoot:
+            points = (x[rows] + (1 + overshoot) * (points - x[rows])).clamp(0, 1)
+        value = soft_logit_margin(model(points), y[rows], temperature)
         robust = _freed(-lambda_robust / len(x) * (push[rows] * value).sum(), model)
     logits = model(x)
     clean = F.cross_entropy(logits, y)

@@ -49,7 +49,8 @@ def gradient(loss, model):
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("high_quality", [True, False])
-def test_gradient_is_the_sum_of_the_definition(norm, high_quality):
+@pytest.mark.parametrize("overshoot", [0.0, 0.3])
+def test_gradient_is_the_sum_of_the_definition(norm, high_quality, overshoot):
     model = mlp()
     with torch.no_grad():
         for parameter in model[-1].parameters():
@@ -57,7 +58,8 @@ def test_gradient_is_the_sum_of_the_definition(norm, high_quality):
     x, y = batch(model)
     options = {"temperature": 7.0, "norm": norm, "steps": 1}
     objective = OBJECTIVE | {"r0": 0.02 if norm == "Linf" else 0.06}
-    loss, metrics = dyart_loss(model, x, y, high_quality=high_quality, **objective, **options)
+    choices = {"high_quality": high_quality, "overshoot": overshoot}
+    loss, metrics = dyart_loss(model, x, y, **choices, **objective, **options)
 
     expected, found, kept, terms = 0, 0, 0, 0
     for i in range(20):
@@ -76,7 +78,8 @@ def test_gradient_is_the_sum_of_the_definition(norm, high_quality):
         if margin < objective["r0"]:
             terms += 1
             weight = objective["lambda_robust"] / 20 * torch.exp(-3 * margin) / steepness
-            expected = expected - weight * soft_logit_margin(model(boundary.x), label, 7.0)[0]
+            beyond = (row + (1 + overshoot) * delta).clamp(0, 1)
+            expected = expected - weight * soft_logit_margin(model(beyond), label, 7.0)[0]
     assert 3 <= terms < kept <= found <= 15
     assert (kept < found) == high_quality
     torch.testing.assert_close(gradient(loss, model), gradient(expected, model))
@@ -211,6 +214,8 @@ def test_degenerate_batches(search):
     assert metrics["found"] == 0
     with pytest.raises(ValueError, match=r"empty batch.*\(0, 12\)"):
         dyart_loss(model, x[:0], y[:0])
+    with pytest.raises(ValueError, match="overshoot must be finite and at least 0, got -0.1"):
+        dyart_loss(model, x, y, overshoot=-0.1)
 
 
 def test_metrics():

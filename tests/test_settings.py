@@ -49,6 +49,7 @@ CIFAR10 = {
     "search_steps": None,
     "init_radius": None,
     "high_quality": True,
+    "overshoot": 0.05,
     "beta": 6.0,
     "attack_eps": 8 / 255,
     "attack_step": 2 / 255,
@@ -77,7 +78,7 @@ GROUP_NORM |= {"clip_grad": None}
 TINY_GROUP_NORM = {"group_norm": True, "lr": 0.05, "r0": 20 / 255, "alpha": 3.0, "clip_grad": None}
 BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epochs": 10, "lr": 0.1, "clip_grad": None}
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
-FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255}
+FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0}
 
 OURS = {
     "": {},
@@ -205,6 +206,8 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
 
     assert name("") == "cifar10-dyart-wrn-28-10-swish"
     assert name("--group-norm --lr 0.1 --device cpu") == "cifar10-dyart-wrn-28-10-swish-groupnorm"
+    assert name("--search fab --device cpu") == "cifar10-dyart-wrn-28-10-swish-search=fab"
+    assert name("--overshoot 0") == "cifar10-dyart-wrn-28-10-swish-overshoot=0"
     assert name("--data tiny-imagenet --DyART False --beta 6") == "tiny-imagenet-trades-preact-resnet18"
     assert name("--lr 0.03 --train-subset 99 --aux-data-filename a.npz") == (
         "cifar10-dyart-wrn-28-10-swish-generated-lr=0.03-train-subset=99"
@@ -229,7 +232,16 @@ POSITIVE = ["burn-in-lr", "lr", "clip-grad", "clip_grad", "r0", "h_prime_r0", "t
 POSITIVE += ["attack-step", "checkpoint-minutes"]
 COUNTS = ["burn-in-batch-size", "epochs", "batch-size", "train-subset", "search-steps", "iter_FAB", "attack-iter"]
 COUNTS += ["validation-attack-iter", "validation-size", "validation-batch-size", "batch-size-validation"]
-FROM_ZERO = ["alpha", "h_prime_alpha", "lambda-robust", "lam_robust", "init-radius", "eps_FAB", "weight-decay"]
+FROM_ZERO = [
+    "overshoot",
+    "alpha",
+    "h_prime_alpha",
+    "lambda-robust",
+    "lam_robust",
+    "init-radius",
+    "eps_FAB",
+    "weight-decay",
+]
 CHOICES = ["method", "scheduler", "norm", "search", "if-exists", "amp", "attack"]
 
 BAD = {
