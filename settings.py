@@ -351,8 +351,8 @@ def loss_options(settings: dict[str, Any], method: str) -> dict[str, Any]:
     """The keyword arguments that a method's loss function takes from the settings."""
     s = settings
     if method == "dyart":
-        names = ("lambda_robust", "alpha", "r0", "temperature", "norm", "search", "init_radius", "high_quality")
-        names += ("overshoot",)
+        names = ("lambda_robust", "alpha", "r0", "overshoot", "temperature")
+        names += ("norm", "search", "init_radius", "high_quality")
         return {name: s[name] for name in names} | {"steps": s["search_steps"]}
     options = {"norm": s["norm"], "eps": s["attack_eps"], "step_size": s["attack_step"], "steps": s["attack_iter"]}
     return {"clean": {}, "at": options}.get(method, options | {"beta": s["beta"]})
