@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import figures
-import flags
+from analysis import figures
+from analysis.toy import draw_toy
 from data import DEFAULT_DATA_DIR, Split, load_data, to_input
 from dyart.dynamics import (
     Direction,
@@ -33,15 +33,19 @@ from dyart.dynamics import (
     update_direction,
     wilson_interval,
 )
-from dyart.experiment import Experiment, ExperimentError, load_checkpoint, read_json, write_json
 from dyart.losses import LOSSES
 from dyart.margin import CORRECT_ABOVE, SEARCHES, Boundary, find_boundary, soft_logit_margin
 from dyart.modes import PRECISIONS, mixed_precision
-from eval import MODEL_SETTINGS, load_candidate, versions
+from evaluation.attack import versions
+from evaluation.candidate import load_candidate
+from experiment import flags
+from experiment.build import build_model, build_optimizer, load_splits, loss_options, stages_of
+from experiment.checkpoint import load_checkpoint
+from experiment.folder import Experiment
+from experiment.settings import check_stored, dataset_name, resolve
+from experiment.weights import MODEL_SETTINGS
 from models.weights import load_weights
-from settings import build_model, check_stored, dataset_name, loss_options, resolve
-from toy import draw_toy
-from train import build_optimizer, load_splits, stages_of
+from storage.files import FileError, read_json, write_json
 
 # Correct examples for which a search finds no boundary point are searched again with so many times the iterations.
 LONGER = 4
@@ -406,7 +410,7 @@ def autoattack_points(folder: Path | None, identity: dict[str, Any], norm: str) 
         return []
     records = read_json(path)
     if not isinstance(records, list):
-        raise ExperimentError(f"{path}: not a list of records")
+        raise FileError(f"{path}: not a list of records")
     points = []
     for record in records:
         if all(record.get(key) == identity[key] for key in ("sha256", "weights")) and record.get("norm") == norm:

@@ -25,17 +25,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-import flags
 from data import DATASETS, DEFAULT_DATA_DIR, balanced_subset, load_data, to_input
 from dyart.averaging import WeightAverage
-from dyart.experiment import write_json
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, is_locally_closest, soft_logit_margin
 from dyart.modes import PRECISIONS, frozen, mixed_precision
 from dyart.projection import NORMS
-from eval import device_name, load_candidate, versions
-from settings import build_model, dataset_name
+from evaluation.attack import device_name, versions
+from evaluation.candidate import load_candidate
+from experiment import flags
+from experiment.build import build_model
+from experiment.settings import dataset_name
+from storage.files import write_json
 
 REFERENCE_STEPS = 100
 # The training steps that are timed: the method, and its options where they are not the defaults.

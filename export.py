@@ -8,7 +8,6 @@ the weights are, what AutoAttack left of their accuracy (from autoattack.json), 
 
 import contextlib
 import json
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -17,11 +16,14 @@ from typing import Any
 
 import torch
 
-import flags
 from data import DATASETS
-from dyart.experiment import Experiment, ExperimentError
-from eval import MODEL_SETTINGS, WEIGHTS, Results, load_candidate
-from settings import PLACE, check_stored, resolve
+from evaluation.candidate import load_candidate
+from evaluation.results import Results
+from experiment import flags
+from experiment.folder import Experiment
+from experiment.settings import PLACE, check_stored, resolve
+from experiment.weights import MODEL_SETTINGS, WEIGHTS
+from storage.files import FileError, naming, replacing, write_text
 
 # What RobustBench ranks: the dataset, norm and ε of its leaderboards.
 LEADERBOARDS = {("cifar10", "Linf", "8/255"), ("cifar10", "L2", "0.5"), ("cifar100", "Linf", "8/255")}
@@ -38,11 +40,42 @@ def build_parser() -> flags.Parser:
     return p
 
 
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Export what the flags say. Raises ValueError or OSError, in one line, for what is wrong with them."""
+    args = build_parser().parse_args(argv)
+    folder, out = Path(args.folder), Path(args.out)
+    text_file = out.with_suffix(".md")
+    if out.suffix == ".md":
+        raise ValueError(f"{out}: the weights need another suffix than the claim's, .pt for example")
+    if out.parent.resolve() == folder.resolve():
+        raise ValueError(f"{out}: choose a place outside the experiment folder")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
+    for path in (out, text_file):
+        if path.exists() and not args.force:
+            raise FileExistsError(f"{path} exists; --force overwrites it")
+
+    Experiment.open(folder)  # Says so where it is none.
+    candidate = load_candidate(folder / args.checkpoint, args.weights, dict.fromkeys(MODEL_SETTINGS), print)
+    text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
+    with naming("write", out), replacing(out) as file:
+        torch.save(dict(candidate.model.state_dict()), file)
+    write_text(text_file, text)
+    print(f"weights  {out}\nclaim    {text_file}")
+    return 0
+
+
+# --- The claim --------------------------------------------------------------------------------------------------------
+
+
 def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: Mapping[str, Any], out: Path) -> str:
     """The text of a leaderboard claim, in Markdown.
 
     settings: of the run; records: of autoattack.json, those of other weights are passed over; identity: of the weights,
-    as `eval.load_candidate` gives it; out: the file that the weights go to.
+    as `load_candidate` gives it; out: the file that the weights go to.
     """
     mine = [record for record in records if all(record[name] == value for name, value in identity.items())]
     full = [record for record in mine if record["version"] == "standard" and record["n"] == record["test_size"]]
@@ -71,7 +104,7 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
             lines += [json.dumps(entry(settings, record), indent=2), "```"]
 
     commands = []
-    with contextlib.suppress(ExperimentError):  # Settings that this version's flags cannot say.
+    with contextlib.suppress(FileError):  # Settings that this version's flags cannot say.
         commands += ["# the training", train_command(check_stored(settings, "settings"))]
     if mine:
         commands += ["# the figures, from the exported weights", *(eval_command(record, out) for record in mine)]
@@ -139,32 +172,6 @@ def eval_command(record: Mapping[str, Any], out: Path) -> str:
     words += ["--eps", eps, "--norm", record["norm"], "--version", record["version"], "--n", record["n"]]
     words += ["--batch-size", record["batch_size"], "--seed", record["seed"]]
     return shlex.join(map(str, words))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Export what the flags say. Raises ValueError or OSError, in one line, for what is wrong with them."""
-    args = build_parser().parse_args(argv)
-    folder, out = Path(args.folder), Path(args.out)
-    text_file = out.with_suffix(".md")
-    if out.suffix == ".md":
-        raise ValueError(f"{out}: the weights need another suffix than the claim's, .pt for example")
-    if out.parent.resolve() == folder.resolve():
-        raise ValueError(f"{out}: choose a place outside the experiment folder")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}")
-    for path in (out, text_file):
-        if path.exists() and not args.force:
-            raise FileExistsError(f"{path} exists; --force overwrites it")
-
-    Experiment.open(folder)  # Says so where it is none.
-    candidate = load_candidate(folder / args.checkpoint, args.weights, dict.fromkeys(MODEL_SETTINGS), print)
-    text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
-    temporary = out.with_name(f".{out.name}.tmp")
-    torch.save(dict(candidate.model.state_dict()), temporary)
-    os.replace(temporary, out)
-    text_file.write_text(text)
-    print(f"weights  {out}\nclaim    {text_file}")
-    return 0
 
 
 if __name__ == "__main__":

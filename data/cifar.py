@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from data.download import download as download_file
-from data.files import DataFileError, Split, one_line, preparing, read_split, write_split
+from data.files import DataFileError, Split, preparing, read_split, write_split
+from storage.files import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import one_line
+from storage.files import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -4,13 +4,11 @@ Written atomically, by one process at a time; read without trusting anything tha
 """
 
 import errno
-import fcntl
 import io
 import logging
 import math
 import os
 import shutil
-import uuid
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +17,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+
+from storage.files import FileError, naming, one_line, replacing
+from storage.lock import Locked, take_lock
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class Split(NamedTuple):
     labels: torch.Tensor
 
 
-class DataFileError(ValueError):
+class DataFileError(FileError):
     """A data file that cannot be used; the message is one line and names the file."""
 
 
@@ -55,11 +56,6 @@ class Member(NamedTuple):
     def compressed(self) -> bool:
         """Whether the array has to be decompressed to be read."""
         return self.info.compress_type != zipfile.ZIP_STORED
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's message on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_bad_content(error: Exception) -> bool:
@@ -178,24 +174,9 @@ def read_split(path: str | os.PathLike, *, image_size: int, num_classes: int) ->
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64, copy=False)))
 
 
-@contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Open a file that takes its name `path` only when it is complete and on disk; on an error nothing is left."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_split(path: str | os.PathLike, split: Split) -> None:
     """Write a prepared file, atomically. The same split gives the same bytes."""
-    with replacing(path) as stream:
+    with naming("write", path), replacing(path) as stream:
         np.savez(stream, image=split.images.numpy(), label=split.labels.numpy())
 
 
@@ -207,20 +188,22 @@ def preparing(folder: str | os.PathLike) -> Iterator[Path]:
     wanted have come into being.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with naming("prepare data in", folder):
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.warning("%s: another process prepares the data here, waiting for it", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system without locks: the unique temporary names still keep processes apart
-            yield folder
-            return
-        for leftover in folder.glob("*.tmp"):
+            lock = take_lock(folder / ".lock")
+        except Locked as holder:
+            logger.warning("%s: %s prepares the data here, waiting for it", folder, holder)
+            lock = take_lock(folder / ".lock", wait=True)
+    try:
+        # Where there are no locks, unique names keep processes apart, and what lies here may be another one's.
+        for leftover in folder.glob("*.tmp") if lock is not None else ():
             if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 with suppress(OSError):
                     leftover.unlink()
         yield folder
+    finally:
+        if lock is not None:
+            lock.release()

@@ -25,8 +25,8 @@ from data.files import (
     preparing,
     read_chunks,
     read_npy_header,
-    replacing,
 )
+from storage.files import naming, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,7 @@ def _convert(archive: zipfile.ZipFile, member: Member, folder: Path) -> tuple[Pa
             raise OSError(f"{folder}: {archive.filename} needs {member.nbytes} bytes decompressed, {free} are free")
         logger.warning("%s is compressed: converting it, once, to %s", archive.filename, target)
         with (
+            naming("write", target),
             replacing(target) as stream,
             tqdm(total=member.nbytes, unit="B", unit_scale=True, desc="converting") as bar,
         ):

@@ -19,7 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.download import download
-from data.files import DataFileError, Split, is_bad_content, one_line, preparing, read_split, write_split
+from data.files import DataFileError, Split, is_bad_content, preparing, read_split, write_split
+from storage.files import one_line
 
 logger = logging.getLogger(__name__)
 

@@ -67,3 +67,15 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[nn.M
             module.track_running_stats = flag
         for parameter, flag in required:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def batch_norm_momentum(model: nn.Module, momentum: float | None) -> Iterator[None]:
+    """Hold the momentum of every BatchNorm at a value; None leaves them as they are."""
+    layers = [] if momentum is None else [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    usual = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = momentum
+    yield
+    for layer, value in zip(layers, usual, strict=True):
+        layer.momentum = value

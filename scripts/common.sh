@@ -20,7 +20,7 @@ make_environment() {
     wanted="$(sha256sum <"$ROOT/requirements.txt")"
     if [ "$(cat "$VENV/installed" 2>/dev/null)" != "$wanted" ]; then
         base="$(command -v python3)" && "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-            echo "Python 3.10 or newer is needed, as python3" >&2
+            echo "Python 3.10 to 3.13 is needed, as python3" >&2
             exit 2
         }
         echo "installing requirements.txt into $VENV (some minutes; once)"

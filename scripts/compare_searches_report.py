@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import flags
-from dyart.experiment import Experiment, read_json, write_json
+from experiment import flags
+from experiment.folder import Experiment
+from storage.files import read_json, write_json
 
 FIGURES = {"clean_accuracy": "clean", "robust_accuracy": "AutoAttack 4/255"}
 

@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-import flags
-from dyart.experiment import Experiment, ExperimentError, read_json
+from experiment import flags
+from experiment.folder import Experiment
+from storage.files import FileError, read_json
 
 # Okabe and Ito's colours, which people tell apart whatever their sight.
 MODELS = {"burn_in.pt": ("burn-in", "#D55E00", "s"), "best.pt": ("DyART", "#0072B2", "o")}
@@ -75,7 +76,7 @@ def main() -> int:
     records = read_json(folder / "autoattack.json")
     table = robust_accuracies(records)
     if set(table) != set(MODELS):
-        raise ExperimentError(f"{folder / 'autoattack.json'}: expected records of {' and '.join(MODELS)}")
+        raise FileError(f"{folder / 'autoattack.json'}: expected records of {' and '.join(MODELS)}")
     picture = folder / "figures" / "quickstart.png"
     run = Experiment.open(folder)
     attack = f"robust (PGD-{run.settings['validation_attack_iter']}, {255 * run.settings['attack_eps']:g}/255)"

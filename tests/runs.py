@@ -1,9 +1,6 @@
 """What the tests of training share: tiny runs on digits, and the comparison of experiment folders."""
 
-import os
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tqdm import tqdm
 
-import flags
 import train
-from dyart.experiment import Experiment, load_checkpoint
+from experiment import flags
+from experiment.checkpoint import load_checkpoint
+from experiment.folder import Experiment
 
 # Three steps an epoch, the last with fewer images; an untrained model is right on some images by chance, and at this
 # temperature that is enough for boundary points.
@@ -97,29 +94,3 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
     else:
         same = a == b or (a != a and b != b)
     return [] if same else [f"{where}: {a} and {b}"[:200]]
-
-
-def fork(body: Callable[[], Any], output: Path | str = os.devnull) -> int:
-    """Start `body` in a process of its own, which has what it takes in memory already; its number.
-
-    What it prints goes to `output`. Its exit status is what the body returns, or 99 after an exception.
-    """
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 99
-    try:
-        torch.set_num_threads(1)  # OpenMP's other threads do not survive a fork
-        tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forks: a killed one would hold it for ever
-        with open(output, "w") as file:
-            sys.stdout = sys.stderr = file
-            status = body()
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        os._exit(status)
-
-
-def exit_status(pid: int) -> int:
-    """Wait for a forked process: its exit status, or minus the number of the signal that it died of."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

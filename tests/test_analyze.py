@@ -13,10 +13,11 @@ import analyze
 from analyze import Search, autoattack_points, by_interval, choose_correct, measure, paired, proportion, quantiles
 from data import Split
 from dyart.dynamics import wilson_interval
-from dyart.experiment import load_checkpoint, write_json
 from dyart.margin import Boundary, find_boundary, soft_logit_margin
 from dyart.modes import PRECISIONS
-from eval import load_candidate, sha256
+from evaluation.candidate import load_candidate, sha256
+from experiment.checkpoint import load_checkpoint
+from storage.files import write_json
 from tests.runs import refusal, run_training, tiny
 from tests.test_margin import Strip
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import contents, differences, exit_status, fork, tiny
+from children import exit_status, fork
+from runs import contents, differences, tiny
 
 import train
-from dyart.experiment import Experiment
+from experiment.folder import Experiment
 
 KILLS = 200 if os.environ.get("DYART_LARGE_TESTS") == "1" else 20
 

@@ -8,13 +8,13 @@ import pickle
 import stat
 import subprocess
 import tarfile
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+from children import exit_status, fork
 from PIL import Image
 
 from data import DATASETS, DEFAULT_DATA_DIR, cifar, load_data
@@ -263,12 +263,8 @@ def test_two_processes_prepare_at_once(remote, tmp_path):
     def prepare() -> None:
         check_same(load_data("cifar10", tmp_path), 10)
 
-    processes = [get_context("fork").Process(target=prepare) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
+    children = [fork(prepare) for _ in range(4)]
+    assert [exit_status(child) for child in children] == [0] * 4
     assert sorted(path.name for path in (tmp_path / "cifar-10").iterdir()) == [".lock", "test.npz", "train.npz"]
 
 

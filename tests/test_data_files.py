@@ -2,16 +2,15 @@
 
 import io
 import os
-import signal
 import time
 import tracemalloc
 import zipfile
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import exit_status, fork, kill
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -218,27 +217,25 @@ def hold(folder: Path, seconds: float) -> None:
         (folder / "done").touch()
 
 
-def start_holding(folder: Path, seconds: float):
-    process = get_context("fork").Process(target=hold, args=(folder, seconds))
-    process.start()
+def start_holding(folder: Path, seconds: float) -> int:
+    child = fork(lambda: hold(folder, seconds))
     while not (folder / "ready").exists():
         time.sleep(0.01)
-    return process
+    return child
 
 
 def test_a_second_process_waits_for_the_first(tmp_path, caplog):
-    process = start_holding(tmp_path / "cifar-10", 0.5)
+    child = start_holding(tmp_path / "cifar-10", 0.5)
     with preparing(tmp_path / "cifar-10"):
         assert (tmp_path / "cifar-10" / "done").exists()
-    process.join()
-    assert "another process prepares" in caplog.text
+    assert exit_status(child) == 0
+    assert f"process {child} on " in caplog.text and "prepares the data here, waiting for it" in caplog.text
 
 
 def test_a_killed_process_holds_nothing_and_its_leftovers_go(tmp_path):
-    process = start_holding(tmp_path / "cifar-10", 100)
+    child = start_holding(tmp_path / "cifar-10", 100)
     (tmp_path / "cifar-10" / "scratch.tmp").mkdir()
     (tmp_path / "cifar-10" / "scratch.tmp" / "file").touch()
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    kill(child)
     with preparing(tmp_path / "cifar-10") as folder:
         assert sorted(path.name for path in folder.iterdir()) == [".lock", "ready"]

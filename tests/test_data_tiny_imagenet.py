@@ -9,19 +9,17 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 import zipfile
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from children import exit_status, fork
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tqdm import tqdm
 
 from data import DATASETS, load_data, tiny_imagenet
 from data.files import DataFileError
@@ -169,22 +167,17 @@ def test_preparing_again_and_from_another_zip(source, prepared, tmp_path):
 
 def test_killed_at_any_moment_the_next_call_ends_in_the_same_state(source, prepared, tmp_path):
     def prepare() -> None:
-        tqdm.set_lock(threading.RLock())  # its own lock is shared with forks: a killed one would hold it for ever
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (the progress bars of a killed process)
         tiny_imagenet.prepare(tmp_path, source)
 
     began = time.monotonic()
-    prepare_once = get_context("fork").Process(target=prepare)
-    prepare_once.start()
-    prepare_once.join()
+    assert exit_status(fork(prepare)) == 0
     whole = time.monotonic() - began
     times = 200 if LARGE else 12
     for number in range(times):
-        process = get_context("fork").Process(target=prepare)
-        process.start()
+        child = fork(prepare)
         time.sleep(whole * number / times)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        os.kill(child, signal.SIGKILL)
+        assert exit_status(child) in (-signal.SIGKILL, 0)
         assert made(tmp_path).items() <= prepared.items()  # whatever is there is whole
     tiny_imagenet.prepare(tmp_path, source)
     assert made(tmp_path) == prepared

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-import eval as evaluation
+import eval as eval_script
 import export
-import settings
-from dyart.experiment import Experiment
+from evaluation.candidate import sha256
+from experiment import settings
+from experiment.folder import Experiment
 from models import create_model
 
 MODEL = "wrn-16-1-swish"
@@ -46,7 +47,7 @@ def add_record(folder: Path, **changes: Any) -> dict[str, Any]:
     """A record such as eval.py writes, of the folder's best.pt."""
     path = folder / "autoattack.json"
     record = {"dataset": "cifar10", "model": MODEL, "group_norm": False, "normalize": False, "checkpoint": "best.pt"}
-    record |= {"sha256": evaluation.sha256(folder / "best.pt"), "weights": "average", "norm": "Linf", "eps": 8 / 255}
+    record |= {"sha256": sha256(folder / "best.pt"), "weights": "average", "norm": "Linf", "eps": 8 / 255}
     record |= {"eps_text": "8/255", "version": "standard", "n": 10000, "seed": 0, "batch_size": 250}
     record |= {"test_size": 10000, "clean_accuracy": 0.9369, "robust_accuracy": 0.6389, "date": "", **changes}
     path.write_text(json.dumps([*(json.loads(path.read_text()) if path.exists() else []), record]))
@@ -138,9 +139,9 @@ def test_the_evaluation_command_of_a_claim_means_what_was_run(folder, tmp_path, 
     export.main([str(folder), str(tmp_path / "out.pt")])
     (command,) = re.findall(r"^python eval.py (.*)$", (tmp_path / "out.md").read_text(), re.MULTILINE)
     capsys.readouterr()
-    evaluation.main([*shlex.split(command), "--dry-run"])
+    eval_script.main([*shlex.split(command), "--dry-run"])
     (word,) = re.findall(r"--eps (\S+)", command)
-    assert evaluation.parse_eps(word, norm) == (eps, eps_text)
+    assert eval_script.parse_eps(word, norm) == (eps, eps_text)
     words = capsys.readouterr().out
     for name in ("norm", "version", "n", "seed", "batch_size", "model", "dataset"):
         assert f"\n{name}: {record[name]}\n" in words

@@ -17,14 +17,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from children import exit_status, fork
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import contents, differences, exit_status, files, fork, refusal, run_training, tiny
+from runs import contents, differences, files, refusal, run_training, tiny
 from torch import nn
 
 import train
-from dyart.experiment import Experiment, load_checkpoint, save_checkpoint
-from settings import LATER, flag_of
+from experiment.checkpoint import load_checkpoint, save_checkpoint
+from experiment.folder import Experiment
+from experiment.settings import LATER, flag_of
 
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 
@@ -570,7 +572,7 @@ def test_ten_such_steps_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytes
 
 
 def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, steps = train.SGD.step, []
+    original, steps = torch.optim.SGD.step, []
 
     def step(self: Any, *args: Any) -> Any:
         result = original(self, *args)
@@ -579,7 +581,7 @@ def test_weights_that_are_not_finite_never_reach_a_checkpoint(tmp_path: Path, mo
             self.param_groups[0]["params"][0].data[0] = float("inf")
         return result
 
-    monkeypatch.setattr(train.SGD, "step", step)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
     assert run_training(*tiny(tmp_path, "--method", "clean")) == 1
     assert re.search(
         r"stopped: init_conv.weight is not finite \(epoch 2, .*\); the last good checkpoint is .*/run/latest.pt",

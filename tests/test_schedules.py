@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from dyart.schedules import SCHEDULES
+from experiment.schedules import SCHEDULES
 
 
 def values(name: str, epochs: int, steps: int = 1, lr: float = 0.1) -> list[tuple[float, float]]:

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from folders import refused
 from runs import refusal, run_training, tiny
 
-import eval as evaluation
-import settings
-import train
-from dyart.experiment import Experiment, ExperimentError, load_checkpoint
+import eval as eval_script
+from experiment import build, settings
+from experiment.checkpoint import load_checkpoint
+from experiment.folder import Experiment
+from storage.files import FileError
 
 ROOT = Path(__file__).parents[1]
 
@@ -175,7 +177,7 @@ def test_the_released_spelling_of_resume():
     ],
 )
 def test_a_released_eval_command_line(command, expected, capsys):
-    assert evaluation.main([*shlex.split(command), "--dry-run"]) == 0
+    assert eval_script.main([*shlex.split(command), "--dry-run"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert {name: shown[name] for name in expected} == expected
 
@@ -196,7 +198,7 @@ def test_what_is_written_in_args_yaml_is_accepted_again(tmp_path):
         ("scheduler", "cosin", "invalid choice: 'cosin'"),
         ("epochs", 1.5, "'epochs' must be int"),
     ]:
-        with pytest.raises(ExperimentError, match="args.yaml: .*" + message):
+        with pytest.raises(FileError, match="args.yaml: .*" + message):
             settings.check_stored(CIFAR10 | {name: value}, "args.yaml")
 
 
@@ -344,7 +346,7 @@ def test_every_part_is_reached_from_the_command_line(flags, tmp_path):
 
 def test_cifar100_has_a_model_of_100_classes():
     chosen = settings.resolve(settings.parse(["--data", "cifar100", "--model=wrn-10-1", "--normalize", "--GroupNorm"]))
-    model = settings.build_model(chosen)
+    model = build.build_model(chosen)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 100)
     assert any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
 
@@ -354,8 +356,29 @@ def test_generated_data_makes_epochs_of_the_full_training_size(tmp_path):
     file = tmp_path / "generated.npz"
     np.savez(file, image=rng.integers(256, size=(20, 32, 32, 3), dtype=np.uint8), label=rng.integers(10, size=20))
     chosen = settings.resolve(settings.parse(["--dataset", "digits", "--aux-data-filename", str(file)]))
-    data = train.load_splits(chosen | {"batch_size": 100})
+    data = build.load_splits(chosen | {"batch_size": 100})
     # Of 1,397 training images 200 are held out: 14 batches, which by those left would be 12.
     assert len(data.train.labels) == 1197 and data.generated["steps_per_epoch"] == 14
     flags = ["--aux-data-filename", str(file), "--unsup-fraction", "0.5", "--epochs", "1", "--method", "clean"]
     assert run_training(*tiny(tmp_path, *flags)) == 0
+
+
+def test_settings_are_held_against_their_types() -> None:
+    spec = {"lr": float, "epochs": int, "eps": list, "pretrained": (str, type(None)), "augment": bool}
+    good = {"lr": 1, "epochs": 3, "eps": [], "pretrained": None, "augment": False}
+    settings.check_settings(good, spec)
+    cases = {
+        "unknown setting 'epoch' .did you mean 'epochs'.; setting": {"epoch": 3, "epochs": ...},
+        "setting 'lr' is missing": {"lr": ...},
+        r"'lr' must be float, is 'fast' \(str\)": {"lr": "fast"},
+        r"'lr' must be float, is 'True' \(bool\)": {"lr": True},
+        r"'epochs' must be int, is '3.0' \(float\)": {"epochs": 3.0},
+        r"'pretrained' must be str or null, is '7' \(int\)": {"pretrained": 7},
+        "unknown setting 'zzz'$": {"zzz": 1},
+    }
+    for pattern, change in cases.items():
+        changed = {key: value for key, value in {**good, **change}.items() if value is not ...}
+        if "epoch" in change:
+            pattern = "setting 'epochs' is missing; unknown setting 'epoch' .did you mean 'epochs'.."
+        with refused("^run/args.yaml: " + pattern):
+            settings.check_settings(changed, spec, "run/args.yaml")

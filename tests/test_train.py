@@ -18,10 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import train
 from data import Split, to_input
 from dyart.dynamics import boundary_speed, update_direction
-from dyart.experiment import Experiment, load_checkpoint, save_checkpoint
 from dyart.margin import find_boundary
+from experiment import build
+from experiment.build import build_model
+from experiment.checkpoint import load_checkpoint, save_checkpoint
+from experiment.folder import Experiment
+from experiment.metrics import Meter
+from experiment.settings import resolve
 from models import create_model
-from settings import build_model, resolve
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +114,7 @@ def test_metrics_have_a_row_an_epoch(run: Path) -> None:
 
 
 def test_margins_are_summed_up_in_units_of_a_grey_level() -> None:
-    meter = train.Meter()
+    meter = Meter()
     for margins in ([1.0, math.nan, 5.0], [3.0, 2.0, 4.0]):
         metrics = {"loss": torch.tensor(margins[0]), "margins": torch.tensor(margins) / 255}
         meter.add(metrics, grad_norm=2.0, images=len(margins))
@@ -205,10 +209,10 @@ def test_only_the_first_step_of_a_run_takes_over_the_statistics_of_its_batch(
 @pytest.mark.parametrize("group_norm", [False, True])
 def test_weight_decay_spares_the_normalization_of_wide_resnets_alone(group_norm: bool) -> None:
     settings = resolve({"dataset": "digits", "group_norm": group_norm})
-    stage = train.stages_of(settings)[0]
+    stage = build.stages_of(settings)[0]
     for name, spared in (("wrn-10-1-swish", True), ("wrn-10-1", True), ("preact-resnet18", False), ("resnet18", False)):
         model = create_model(name, group_norm=group_norm)
-        optimizer = train.build_optimizer(model, stage, settings)
+        optimizer = build.build_optimizer(model, stage, settings)
         decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
         # Weights of convolutions have four dimensions and the head's two; what else has one is normalization.
         head = {id(p) for layer in model.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()}
@@ -221,14 +225,14 @@ def test_weight_decay_spares_the_normalization_of_wide_resnets_alone(group_norm:
 def test_gradients_are_clipped_and_their_norm_before_that_is_written_down(
     clip: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    norms, original = [], train.SGD.step
+    norms, original = [], torch.optim.SGD.step
 
     def step(self: Any, *args: Any) -> Any:
         gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
         norms.append(torch.cat(gradients).norm().item())
         return original(self, *args)
 
-    monkeypatch.setattr(train.SGD, "step", step)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
     flags = ["--method", "clean", "--epochs", "1", "--train-subset", "32", "--clip-grad", clip]
     assert run_training(*tiny(tmp_path, *flags)) == 0
     (row,) = Experiment.open(tmp_path / "run").read_metrics()
@@ -239,7 +243,7 @@ def test_gradients_are_clipped_and_their_norm_before_that_is_written_down(
 
 def test_the_burn_in_has_no_generated_data_and_no_clipping() -> None:
     settings = resolve({"dataset": "digits", "burn_in_epochs": 3, "epochs": 4})
-    burn_in, main = train.stages_of(settings)
+    burn_in, main = build.stages_of(settings)
     assert (burn_in.method, burn_in.first, burn_in.epochs, burn_in.clip_grad) == ("clean", 0, 3, None)
     assert (main.method, main.first, main.epochs, main.clip_grad) == ("dyart", 3, 4, 0.1)
     images = Split(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
@@ -247,7 +251,7 @@ def test_the_burn_in_has_no_generated_data_and_no_clipping() -> None:
     class Generated:
         rows = None
 
-    data = train.Data(images, images, {"auxiliary": Generated(), "auxiliary_fraction": 0.5})
+    data = build.Data(images, images, {"auxiliary": Generated(), "auxiliary_fraction": 0.5})
     model = create_model("wrn-10-1")
     mixed = [train.begin_stage(settings, i, model, data, train.Progress()).loader.auxiliary_rows for i in (0, 1)]
     assert mixed == [0, 32]
@@ -345,7 +349,7 @@ def test_ctrl_c_before_training_ends_without_a_traceback(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "load_data", interrupted)
+    monkeypatch.setattr(build, "load_data", interrupted)
     with pytest.raises(SystemExit) as stop:
         train.flags.run(lambda: run_training(*tiny(tmp_path)))
     assert stop.value.code == 130
@@ -375,7 +379,7 @@ def test_the_tracked_share_is_that_of_vulnerable_points_of_the_first_training_im
     stored = Experiment.open(folder).settings
     model = build_model(stored)
     model.load_state_dict(load_checkpoint(folder / "latest.pt")["model"])
-    split = train.load_splits(stored).train
+    split = build.load_splits(stored).train
     x, y = to_input(split.images[:16]), split.labels[:16]
     boundary = find_boundary(model, x, y, temperature=math.inf, steps=10)
     speed = boundary_speed(model, boundary, y, update_direction("clean", model, [(x, y)]), temperature=math.inf)

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from analysis.figures import BLUE, GREY, NAMES, VERMILLION, plt
 from dyart.dynamics import boundary_speed, unit_direction, update_direction
 from dyart.losses import clean_loss
 from dyart.margin import find_boundary, logit_margin
-from figures import BLUE, GREY, NAMES, VERMILLION, plt
 
 EPS = 0.08  # of AT's attack, Euclidean
 METHODS = {

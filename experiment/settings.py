@@ -1,23 +1,23 @@
 """The settings of a run: the paper's recipes, the flags that change them, and what args.yaml may hold."""
 
 import argparse
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 
-import flags
 from data import DATASETS, DEFAULT_DATA_DIR
-from dyart.experiment import ExperimentError, check_settings
 from dyart.losses import LOSSES
 from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS
 from dyart.projection import NORMS
-from dyart.schedules import SCHEDULES
-from flags import add_switch, number, optional, whole
+from experiment import flags
+from experiment.flags import add_switch, number, optional, whole
+from experiment.schedules import SCHEDULES
 from models import create_model
+from storage.files import FileError
 
 # --- Recipes (Xu et al., 2023, section 5 and appendix): what a flag leaves open is taken from here -------------------
 
@@ -310,7 +310,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
 def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """Hold settings read from a file against the flags they come from: names, types and ranges.
 
-    Returns them, with those that the version which wrote them did not have. Raises ExperimentError.
+    Returns them, with those that the version which wrote them did not have. Raises FileError.
     """
     settings = LATER | dict(settings)
     spec: dict[str, Any] = {}
@@ -322,12 +322,34 @@ def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, A
     argv = [f"{flag_of(name)}={value}" for name, value in settings.items() if value is not None]
 
     def refuse(message: str) -> NoReturn:
-        raise ExperimentError(f"{source}: {message}")
+        raise FileError(f"{source}: {message}")
 
     parser = build_parser()
     parser.error = refuse
     parser.parse_args(argv)
     return {name: settings[name] for name in spec}
+
+
+def check_settings(
+    settings: Mapping[str, Any], spec: Mapping[str, type | tuple[type, ...]], source: str | Path = "args.yaml"
+) -> None:
+    """Hold `settings` against the type, or types, that `spec` gives for every name (type(None): may be null).
+
+    An int passes for a float; a bool passes for neither. Raises FileError, one line with everything that is
+    unknown (and the nearest known name), missing or ill-typed; `source` is the file it names.
+    """
+    problems = [f"setting {key!r} is missing" for key in spec if key not in settings]
+    for key, value in settings.items():
+        if key not in spec:
+            near = difflib.get_close_matches(key, spec, n=1)
+            problems.append(f"unknown setting {key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+            continue
+        types = spec[key] if isinstance(spec[key], tuple) else (spec[key],)
+        if type(value) not in types and not (type(value) is int and float in types):
+            names = " or ".join("null" if t is type(None) else t.__name__ for t in types)
+            problems.append(f"{key!r} must be {names}, is {str(value)[:50]!r} ({type(value).__name__})")
+    if problems:
+        raise FileError(f"{source}: " + "; ".join(problems))
 
 
 def default_name(settings: dict[str, Any]) -> str:
@@ -342,31 +364,3 @@ def default_name(settings: dict[str, Any]) -> str:
             shown = f"{value:.4g}" if isinstance(value, float) else value
             words.append(f"{name.replace('_', '-')}={shown}")
     return "-".join(words).replace("/", "_")[:200]
-
-
-# --- What the settings stand for ----
-
-
-def loss_options(settings: dict[str, Any], method: str) -> dict[str, Any]:
-    """The keyword arguments that a method's loss function takes from the settings."""
-    s = settings
-    if method == "dyart":
-        names = ("lambda_robust", "alpha", "r0", "overshoot", "temperature")
-        names += ("norm", "search", "init_radius", "high_quality")
-        return {name: s[name] for name in names} | {"steps": s["search_steps"]}
-    options = {"norm": s["norm"], "eps": s["attack_eps"], "step_size": s["attack_step"], "steps": s["attack_iter"]}
-    return {"clean": {}, "at": options}.get(method, options | {"beta": s["beta"]})
-
-
-def build_model(settings: dict[str, Any]) -> nn.Module:
-    """The untrained model that the settings name, on the CPU."""
-    info = DATASETS[settings["dataset"]]
-    model = create_model(
-        settings["model"],
-        info.num_classes,
-        mean=info.mean,
-        std=info.std,
-        normalize=settings["normalize"],
-        group_norm=settings["group_norm"],
-    )
-    return model.to(memory_format=torch.channels_last) if settings["channels_last"] else model

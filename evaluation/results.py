@@ -1,0 +1,77 @@
+"""The records of AutoAttack, finished and unfinished, as files.
+
+For the evaluation, and for whoever reads its figures.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiment.weights import MODEL_SETTINGS
+from storage.files import FileError, read_json, write_json
+
+IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
+IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
+
+
+def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a record that say what was evaluated, and how; all others are what came out."""
+    return {name: record[name] for name in IDENTITY}
+
+
+class Results:
+    """autoattack.json and what is unfinished, in a folder or beside a file: PREFIX.json and PREFIX.unfinished.json.
+
+    Both hold a list of records. They are replaced as a whole, so that a crash leaves the old or the new ones. For one
+    process at a time.
+    """
+
+    def __init__(self, prefix: Path):
+        self.path = prefix.with_name(f"{prefix.name}.json")
+        self.unfinished_path = prefix.with_name(f"{prefix.name}.unfinished.json")
+        self.records = self._read(self.path, ["test_size", "clean_accuracy", "robust_accuracy", "date"])
+        unfinished = self._read(self.unfinished_path, ["date"])
+        # A crash between the writing of a record and the removal of its progress leaves both.
+        finished = [(identity_of(record), record["date"]) for record in self.records]
+        self._unfinished = [record for record in unfinished if (identity_of(record), record["date"]) not in finished]
+
+    @staticmethod
+    def _read(path: Path, needed: list[str]) -> list[dict[str, Any]]:
+        records = read_json(path) if path.exists() else []
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise FileError(f"{path}: not a list of records")
+        for name in [*IDENTITY, *needed]:
+            if not all(name in record for record in records):
+                raise FileError(f"{path}: a record without {name!r}; move the file away to start a new one")
+            if name.endswith("_accuracy") and not all(isinstance(record[name], int | float) for record in records):
+                raise FileError(f"{path}: a record whose {name!r} is no number; move the file away")
+        return records
+
+    def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished record of `identity`, or None."""
+        return next((record for record in self.records if identity_of(record) == identity), None)
+
+    def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        """The record of `identity` as an interrupted evaluation left it, or None."""
+        return next((record for record in self._unfinished if identity_of(record) == identity), None)
+
+    def save(self, record: dict[str, Any]) -> None:
+        """Keep an unfinished record."""
+
+        def is_current(other: dict[str, Any]) -> bool:
+            replaced = other["checkpoint"] == record["checkpoint"] and other["sha256"] != record["sha256"]
+            return not replaced and identity_of(other) != identity_of(record)
+
+        self._unfinished = [*filter(is_current, self._unfinished), record]
+        write_json(self.unfinished_path, self._unfinished)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Add a finished record, in the place of an earlier one of the same identity."""
+        others = [other for other in self.records if identity_of(other) != identity_of(record)]
+        write_json(self.path, [*others, record])
+        self.records = [*others, record]
+        self._unfinished = [other for other in self._unfinished if identity_of(other) != identity_of(record)]
+        if self._unfinished:
+            write_json(self.unfinished_path, self._unfinished)
+        else:
+            self.unfinished_path.unlink(missing_ok=True)

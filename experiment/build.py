@@ -1,0 +1,106 @@
+"""What the settings of a run stand for: stages, images, model, optimizer, the arguments of a loss.
+
+For train.py, and for whatever measures a run as it was trained.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import SGD
+
+from data import DATASETS, Split, balanced_subset, hold_out, load_auxiliary, load_data
+from models import create_model
+from models.wide_resnet import WideResNet
+
+
+class Stage(NamedTuple):
+    """A part of a run with one loss, optimizer and schedule; epochs are counted from `first` + 1 through the run."""
+
+    name: str
+    method: str
+    first: int
+    epochs: int
+    lr: float
+    scheduler: str
+    batch_size: int
+    clip_grad: float | None
+
+
+def stages_of(settings: dict[str, Any]) -> list[Stage]:
+    """The burn-in, where there is one, and the method."""
+    s, first = settings, settings["burn_in_epochs"]
+    burn_in = Stage("burn-in", "clean", 0, first, s["burn_in_lr"], "constant", s["burn_in_batch_size"], None)
+    main = Stage(s["method"], s["method"], first, s["epochs"], s["lr"], s["scheduler"], s["batch_size"], s["clip_grad"])
+    return [burn_in, main] if first else [main]
+
+
+class Data(NamedTuple):
+    """The images of a run, and how a Loader mixes in its generated ones (nothing where it has none)."""
+
+    train: Split
+    validation: Split
+    generated: dict[str, Any]
+
+
+def load_splits(settings: dict[str, Any]) -> Data:
+    """The images that the settings ask for. Raises ValueError where they ask for more than there are."""
+    train, _ = load_data(settings["dataset"], settings["data_dir"])
+    epoch_size = len(train.labels)
+    train, validation = hold_out(train, settings["dataset"], settings["seed"])
+    subset = settings["train_subset"]
+    if subset is not None:
+        if subset > len(train.labels):
+            raise ValueError(f"--train-subset {subset}: there are {len(train.labels)} training images")
+        train, epoch_size = balanced_subset(train, subset, settings["seed"]), subset
+    size = settings["validation_size"]
+    if size is not None and size > len(validation.labels):
+        raise ValueError(f"--validation-size {size}: only {len(validation.labels)} images are held out")
+    generated = {}
+    if settings["aux_data_filename"] is not None:
+        info = DATASETS[settings["dataset"]]
+        shape = (info.image_size, info.image_size, 3)
+        auxiliary = load_auxiliary(settings["aux_data_filename"], image_shape=shape, num_classes=info.num_classes)
+        # The held-out images count for the length of an epoch, as in the paper.
+        steps = math.ceil(epoch_size / settings["batch_size"])
+        generated = {"auxiliary": auxiliary, "auxiliary_fraction": settings["unsup_fraction"], "steps_per_epoch": steps}
+    return Data(train, Split(validation.images[:size], validation.labels[:size]), generated)
+
+
+def build_model(settings: dict[str, Any]) -> nn.Module:
+    """The untrained model that the settings name, on the CPU."""
+    info = DATASETS[settings["dataset"]]
+    model = create_model(
+        settings["model"],
+        info.num_classes,
+        mean=info.mean,
+        std=info.std,
+        normalize=settings["normalize"],
+        group_norm=settings["group_norm"],
+    )
+    return model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
+
+
+def build_optimizer(model: nn.Module, stage: Stage, settings: dict[str, Any]) -> SGD:
+    """SGD; a WideResNet's normalization layers have no weight decay, as in Gowal et al., 2020."""
+    norms = (_BatchNorm, nn.GroupNorm) if isinstance(model, WideResNet) else ()
+    plain = {id(p) for module in model.modules() if isinstance(module, norms) for p in module.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in plain], "weight_decay": settings["weight_decay"]},
+        {"params": [p for p in model.parameters() if id(p) in plain], "weight_decay": 0.0},
+    ]
+    nesterov = settings["nesterov"] and settings["momentum"] > 0
+    return SGD([g for g in groups if g["params"]], lr=stage.lr, momentum=settings["momentum"], nesterov=nesterov)
+
+
+def loss_options(settings: dict[str, Any], method: str) -> dict[str, Any]:
+    """The keyword arguments that a method's loss function takes from the settings."""
+    s = settings
+    if method == "dyart":
+        names = ("lambda_robust", "alpha", "r0", "overshoot", "temperature")
+        names += ("norm", "search", "init_radius", "high_quality")
+        return {name: s[name] for name in names} | {"steps": s["search_steps"]}
+    options = {"norm": s["norm"], "eps": s["attack_eps"], "step_size": s["attack_step"], "steps": s["attack_iter"]}
+    return {"clean": {}, "at": options}.get(method, options | {"beta": s["beta"]})

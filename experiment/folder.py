@@ -1,0 +1,296 @@
+"""The experiment folder: its settings, logs and metrics, its lock, and which checkpoint is which.
+
+    args.yaml      every setting             latest.pt, previous.pt   where to resume, and the generation before
+    train.log      what happened, and when   best.pt, epoch_0010.pt   what is evaluated
+    metrics.csv    a row an epoch            autoattack.json, eval.log
+
+For the scripts and for whatever reads a run. Every file but the logs is replaced as a whole (storage/files.py). Nothing
+that is read is executed, and nothing that is refused is changed.
+"""
+
+import contextlib
+import csv
+import io
+import itertools
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from filelock import BaseFileLock
+
+from experiment.checkpoint import NewerFormatError, load_checkpoint, save_checkpoint
+from storage.files import FileError, naming, one_line, read_text, sync_folder, temporary_name, write_text
+from storage.lock import Locked, take_lock
+
+# What each kind of run holds: its lock, and the files that only it writes, whose abandoned halves it may clear away.
+_LOCKS = {"train": (".lock", ("*.pt", "args.yaml", "metrics.csv")), "eval": (".lock-eval", ("*.json",))}
+_MAX_SETTINGS_BYTES = 100_000
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+class _SettingsLoader(yaml.SafeLoader):
+    """yaml.safe_load without aliases, a few lines of which can stand for more than the memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not accepted")
+        return super().compose_node(parent, index)
+
+
+def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(settings, sort_keys=False)
+    write_text(path, text)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    text = read_text(path, _MAX_SETTINGS_BYTES)
+    try:
+        settings = yaml.load(text, _SettingsLoader)
+    # Beside YAMLError, its constructors let through ValueError, AttributeError, RecursionError and more.
+    except Exception as error:
+        raise FileError(f"{path}: not plain YAML ({one_line(error, 200)})") from error
+    return _plain_settings(settings, path)
+
+
+def _plain_settings(settings: Any, path: Path) -> dict[str, Any]:
+    """`settings` with tuples as lists, checked to be a mapping of names to plain values or flat lists of those."""
+    if not isinstance(settings, Mapping):
+        raise FileError(f"{path}: must be a mapping of settings, is {type(settings).__name__}")
+    result = {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    for key, value in result.items():
+        if type(key) is not str:
+            raise FileError(f"{path}: the name of a setting must be text, not {str(key)[:50]!r}")
+        for item in value if isinstance(value, list) else [value]:
+            if type(item) not in (type(None), bool, int, float, str):
+                accepted = "null, true, false, numbers, text and lists of those"
+                raise FileError(f"{path}: {key!r} holds a {type(item).__name__}; accepted are {accepted}")
+    return result
+
+
+# --- The folder -------------------------------------------------------------------------------------------------------
+
+Echo = Callable[[str], Any]
+
+
+class Loaded(NamedTuple):
+    """What `Experiment.load_latest` found: the state, the file it came from, and why not latest.pt ("" if it was)."""
+
+    state: dict[str, Any]
+    path: Path
+    note: str
+
+
+class Experiment(contextlib.AbstractContextManager):
+    """An experiment folder: `folder`, its `settings`, and for the one process that holds its lock, what it writes.
+
+    From `create`, or from `open` with lock="train" (`log` writes train.log) or "eval" (eval.log): the two do not
+    exclude each other, but each excludes its like, in any process. Without a lock it is for reading. A context manager:
+    leaving it gives the lock back, as the end of the process does, however it ends.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], echo: Echo, lock: str | None) -> None:
+        self.folder = folder
+        self.settings = settings
+        self._echo = echo
+        self._purpose = lock
+        self._lock = None if lock is None else self._take_lock(lock)
+        self._latest_is_good = False
+
+    @classmethod
+    def create(
+        cls, root: str | Path, name: str, settings: Mapping[str, Any], *, exist: str = "rename", echo: Echo = print
+    ) -> "Experiment":
+        """Make the folder `root`/`name` with its args.yaml, locked for training; one that exists is never touched.
+
+        exist: where it exists, "rename" takes name-2, name-3, ..., and "error" raises. settings: names -> None, bool,
+        int, float, str or flat lists of those. echo: called with every message that is logged. Raises FileError.
+        """
+        if exist not in ("rename", "error"):
+            raise FileError(f"exist={exist!r}: accepted are 'rename' and 'error'")
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise FileError(f"{name!r} cannot be the name of an experiment folder")
+        root = Path(root)
+        settings = _plain_settings(settings, root / name / "args.yaml")
+        with naming("create", root):
+            root.mkdir(parents=True, exist_ok=True)
+        with naming("create", root / name):
+            for number in itertools.count(1):
+                folder = root / (name if number == 1 else f"{name}-{number}")
+                try:
+                    folder.mkdir()
+                    break
+                except FileExistsError:
+                    if exist == "error":
+                        raise FileError(f"{folder} exists and is not overwritten; choose another name") from None
+            sync_folder(root)
+        experiment = cls(folder, settings, echo, "train")
+        _write_settings(folder / "args.yaml", settings)
+        return experiment
+
+    @classmethod
+    def open(cls, folder: str | Path, *, lock: str | None = None, echo: Echo = print) -> "Experiment":
+        """Open an existing folder to read, or with lock="train" or "eval" to write what that kind of run writes.
+
+        Raises FileError where it is no experiment folder, its args.yaml does not hold plain settings, or another
+        process holds the lock.
+        """
+        folder = Path(folder)
+        with naming("open", folder):
+            if not folder.is_dir():
+                raise FileError(f"{folder}: no such experiment folder")
+            if not (folder / "args.yaml").exists():
+                raise FileError(f"{folder}: not an experiment folder (no args.yaml in it)")
+        return cls(folder, _read_settings(folder / "args.yaml"), echo, lock)
+
+    def _take_lock(self, purpose: str) -> BaseFileLock | None:
+        name, patterns = _LOCKS[purpose]
+        with naming("lock", self.folder / name):
+            try:
+                lock = take_lock(self.folder / name)
+            except Locked as holder:
+                raise FileError(f"{self.folder} is in use: {holder} has it for {purpose}") from None
+        # Without a lock, another process may be writing these.
+        for abandoned in itertools.chain(*(self.folder.glob(f".{pattern}.*.tmp") for pattern in patterns)):
+            if lock is not None:
+                with contextlib.suppress(OSError):
+                    abandoned.unlink()
+        return lock
+
+    def _require(self, *purposes: str) -> None:
+        if self._purpose not in purposes:
+            raise RuntimeError(f"{self.folder} is not open with the lock that this needs ({' or '.join(purposes)})")
+
+    def close(self) -> None:
+        """Give the lock back; what was written stays."""
+        if self._lock is not None:
+            self._lock.release()
+        self._purpose, self._lock = None, None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace args.yaml as a whole, for the settings that a resumed run may change. Raises FileError."""
+        self._require("train")
+        self.settings = _plain_settings(settings, self.folder / "args.yaml")
+        _write_settings(self.folder / "args.yaml", self.settings)
+
+    def log(self, message: str) -> None:
+        """Echo `message`, and append it with the time to the log; it is on the disk when this returns."""
+        self._require("train", "eval")
+        self._echo(message)
+        path = self.folder / f"{self._purpose}.log"
+        with naming("write", path), open(path, "ab", buffering=0) as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="backslashreplace"))
+            os.fsync(file.fileno())
+
+    # metrics.csv has a row an epoch, so it can be replaced as a whole for each: no crash leaves a torn row.
+
+    def append_metrics(self, row: Mapping[str, bool | int | float | str | None]) -> None:
+        """Add a row, on the disk when this returns. Columns keep their order, new ones come last, None leaves a blank.
+
+        Raises TypeError for other values (a tensor, say), FileError where the file cannot be read or written.
+        """
+        self._require("train")
+        for name, value in row.items():
+            if not isinstance(value, bool | int | float | str | None):
+                raise TypeError(f"metric {name!r} is a {type(value).__name__}, not a plain value")
+        columns, rows = self._read_rows()
+        self._write_rows([*columns, *(name for name in row if name not in columns)], [*rows, row])
+
+    def truncate_metrics(self, keep: int | Callable[[dict[str, Any]], bool]) -> int:
+        """Keep the first `keep` rows, or those for which `keep(row)` is true, no torn one; returns how many went."""
+        self._require("train")
+        columns, rows = self._read_rows()
+        kept = rows[:keep] if isinstance(keep, int) else [row for row in rows if keep(_numbers(row))]
+        if (self.folder / "metrics.csv").exists():
+            self._write_rows(columns, kept)
+        return len(rows) - len(kept)
+
+    def read_metrics(self) -> list[dict[str, int | float | str | None]]:
+        """The complete rows of metrics.csv, numbers as numbers and blanks as None; none where there is no file yet."""
+        return [_numbers(row) for row in self._read_rows()[1]]
+
+    def _read_rows(self) -> tuple[list[str], list[dict[str, str]]]:
+        path = self.folder / "metrics.csv"
+        text = read_text(path) if path.exists() else ""
+        try:
+            lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True))
+        except csv.Error as error:
+            raise FileError(f"cannot read {path}: {error}") from error
+        columns = lines[0] if lines else []
+        for number, line in enumerate(lines, start=1):
+            if len(line) != len(columns) or len(set(columns)) != len(columns):
+                raise FileError(f"{path}: row {number} does not fit the {len(columns)} columns of the first")
+        return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+
+    def _write_rows(self, columns: list[str], rows: list[Mapping[str, Any]]) -> None:
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+        write_text(self.folder / "metrics.csv", text.getvalue())
+
+    def save_latest(self, state: dict[str, Any]) -> None:
+        """Write latest.pt and keep the one before as previous.pt; one of the two is loadable at every instant."""
+        self._require("train")
+        save_checkpoint(self.folder / "latest.pt", state, before_rename=self._keep_older)
+        self._latest_is_good = True
+
+    def _keep_older(self) -> None:
+        latest, previous = self.folder / "latest.pt", self.folder / "previous.pt"
+        # A damaged latest.pt must not take the place of a good previous.pt.
+        if not self._latest_is_good or not latest.exists():
+            return
+        link = temporary_name(previous)
+        try:
+            os.link(latest, link)
+            os.replace(link, previous)
+        except OSError:
+            os.replace(latest, previous)  # No links on this file system: for an instant there is only previous.pt.
+        finally:
+            link.unlink(missing_ok=True)  # Renaming onto another link to the same file does nothing.
+
+    def load_latest(self) -> Loaded | None:
+        """latest.pt, or previous.pt where that is damaged or missing; None where neither exists (nothing saved yet).
+
+        Raises FileError where what exists is damaged, and NewerFormatError rather than go back a generation.
+        """
+        paths = [self.folder / "latest.pt", self.folder / "previous.pt"]
+        if not any(path.exists() for path in paths):
+            return None
+        problems = []
+        for path in paths:
+            try:
+                state = load_checkpoint(path)
+            except NewerFormatError:
+                raise
+            except FileError as error:
+                problems.append(str(error))
+            else:
+                self._latest_is_good = not problems
+                return Loaded(state, path, "; ".join(problems))
+        raise FileError("no checkpoint to resume from: " + "; ".join(problems))
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write best.pt, as `save_checkpoint`."""
+        self.save_named("best", state)
+
+    def save_named(self, name: str, state: dict[str, Any]) -> None:
+        """Write `name`.pt ("epoch_0010", say), as `save_checkpoint`."""
+        self._require("train")
+        save_checkpoint(self.folder / f"{name}.pt", state)
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, int | float | str | None]:
+    def value(text: str) -> int | float | str | None:
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return text or None
+
+    return {name: value(text) for name, text in row.items()}

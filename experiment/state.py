@@ -1,0 +1,217 @@
+"""All that a run is at one moment: saved, held against the settings, restored, rewound.
+
+For train.py. What is wrong with a checkpoint that does not fit its run is a FileError of one line.
+"""
+
+import random
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from data import Loader
+from dyart.averaging import WeightAverage
+from dyart.graphs import CudaGraphs
+from experiment.build import Stage, stages_of
+from experiment.folder import Experiment, Loaded
+from experiment.metrics import Meter
+from experiment.schedules import SCHEDULES
+from experiment.settings import ACTIONS, LATER, PLACE, check_settings, check_stored
+from models.weights import load_weights
+from storage.files import FileError
+
+# --- Where a run stands -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the weights and the optimizer, all that a checkpoint holds."""
+
+    stage: int = 0
+    epoch: int = 0  # finished ones, through all stages
+    step: int = 0  # finished ones of the epoch under way
+    total_steps: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    best: list[float] = field(default_factory=list)  # validation robust and clean accuracy
+
+
+def rng_states() -> dict[str, Any]:
+    """The states of all global random generators, as plain data."""
+    version, words, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  (whatever uses the global generator)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_states(states: dict[str, Any]) -> None:
+    """Undo whatever was drawn since `rng_states`; CUDA's are skipped where the number of devices differs."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What a run is made of while a stage is under way; `checkpoint` holds all of its state."""
+
+    settings: dict[str, Any]
+    stage: Stage
+    loader: Loader
+    model: nn.Module
+    average: WeightAverage
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    progress: Progress
+    meter: Meter
+    graphs: CudaGraphs | None
+
+    def weights(self, scores: dict[str, float]) -> dict[str, Any]:
+        """A checkpoint to evaluate."""
+        weights = {"settings": self.settings, "model": self.model.state_dict()}
+        weights["average"] = self.average.model.state_dict()
+        return weights | {"epoch": self.progress.epoch, "stage": self.stage.name, "validation": scores}
+
+    def checkpoint(self) -> dict[str, Any]:
+        """A checkpoint to resume from."""
+        return {
+            "settings": self.settings,
+            "model": self.model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "warmup_steps": self.average.warmup_steps,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "progress": dict(vars(self.progress)),
+            "meter": self.meter.state,
+            "rng": rng_states(),
+        }
+
+    def restore(self, state: dict[str, Any], source: Path) -> None:
+        """Put back what `checkpoint` gave, but for the settings. Raises ValueError for what does not fit this run."""
+        load_weights(self.model, state.get("model"), f"{source}: model")
+        load_weights(self.average.model, state.get("average"), f"{source}: average")
+        check_state(state.get("progress"), vars(self.progress), f"{source}: progress")
+        check_state(state.get("meter"), self.meter.state, f"{source}: meter")
+        check_state(state.get("scheduler"), self.scheduler.state_dict(), f"{source}: scheduler", ("last_epoch",))
+        self.progress, self.meter = Progress(**state["progress"]), Meter(state["meter"])
+        try:
+            groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True)
+            for theirs, ours in groups:
+                check_state(theirs, ours, f"{source}: optimizer", ("params", "lr", "momentum", "weight_decay"))
+            self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, values in self.optimizer.state.items():
+                momentum = values.get("momentum_buffer")
+                if momentum is not None and not (momentum.shape == parameter.shape and momentum.isfinite().all()):
+                    raise ValueError(f"a momentum of shape {tuple(momentum.shape)}, or not finite")
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.average.warmup_steps = int(state["warmup_steps"])
+            set_rng_states(state["rng"])
+            if not 0 <= self.progress.step <= len(self.loader):
+                raise ValueError(f"step {self.progress.step} of an epoch of {len(self.loader)}")
+            if not all(type(value) is float for value in [*self.progress.best, *self.meter.state["sums"].values()]):
+                raise TypeError("a figure that is not a number")
+        except FileError:
+            raise
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise FileError(f"{source}: cannot go on from it ({type(error).__name__}: {error})") from error
+
+    def advance_schedule(self) -> None:
+        """Set the next learning rate. No step since a resume, or only skipped ones, is nothing to warn of here."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step\\(\\)` before")
+            self.scheduler.step()
+
+
+def check_state(state: Any, ours: dict[str, Any], source: str, needed: tuple[str, ...] | None = None) -> None:
+    """Hold names and types in a part of a checkpoint against our own. Raises FileError.
+
+    needed: the names that must be there where PyTorch decides on the others, which differ between its versions.
+    """
+    if not isinstance(state, dict):
+        raise FileError(f"{source}: expected a dict, got a {type(state).__name__}")
+    if needed is not None:
+        ours = {name: value for name, value in ours.items() if name in state or name in needed}
+        state = {name: value for name, value in state.items() if name in ours}
+    check_settings(state, {name: type(value) for name, value in ours.items()}, source)
+
+
+# --- A folder to go on with -------------------------------------------------------------------------------------------
+
+
+def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experiment, dict[str, Any], Loaded | None]:
+    """Open a folder to go on with: (experiment, settings, checkpoint or None where there is none yet).
+
+    Changes nothing in it, and a dry run does not even lock it. Raises FileError or ValueError for files that lie
+    or do not fit each other, and for flags that would change what is trained.
+    """
+    experiment = Experiment.open(folder, lock=None if dry_run else "train", echo=tqdm.write)
+    stored = check_stored(experiment.settings, experiment.folder / "args.yaml")
+    for name in given.keys() - {"epochs", *PLACE, *ACTIONS}:
+        if given[name] != stored[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {given[name]}: {folder} runs with {stored[name]}, and --resume cannot change it")
+    loaded = experiment.load_latest()
+    if loaded is not None:
+        check_place(loaded, stored)
+    settings = stored | {name: value for name, value in given.items() if name in {"epochs", *PLACE}}
+    if settings["epochs"] != stored["epochs"]:
+        scheduler, epochs = stored["scheduler"], settings["epochs"]
+        if not SCHEDULES[scheduler].extendable:
+            raise ValueError(
+                f"--epochs {epochs}: the {scheduler} schedule of {folder} was laid out for {stored['epochs']} epochs; "
+                "only constant ones can be extended"
+            )
+        done = 0 if loaded is None else loaded.state["progress"]["epoch"] - stored["burn_in_epochs"]
+        if epochs < done:
+            raise ValueError(f"--epochs {epochs}: {done} epochs are finished already")
+    return experiment, settings, loaded
+
+
+def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
+    """Hold a checkpoint against the settings of its folder, and where it stands against their stages."""
+    state, path = loaded.state, loaded.path
+    check_state(state.get("progress"), vars(Progress()), f"{path}: progress")
+    if not isinstance(state.get("settings"), dict):
+        raise FileError(f"{path}: no settings in it")
+    theirs = LATER | state["settings"]
+    may_differ = {*PLACE, "epochs"} if SCHEDULES[settings["scheduler"]].extendable else {*PLACE}
+    for name in settings.keys() - may_differ:
+        if name not in theirs or theirs[name] != settings[name]:
+            raise FileError(
+                f"{path}: trained with {name} {theirs.get(name)}, args.yaml beside it says {settings[name]}"
+            )
+    stages, progress = stages_of(settings), state["progress"]
+    index, epoch = progress["stage"], progress["epoch"]
+    if not (0 <= index < len(stages) and stages[index].first <= epoch <= stages[index].first + stages[index].epochs):
+        raise FileError(f"{path}: stage {index}, epoch {epoch} is not a place in this run")
+
+
+def rewind(experiment: Experiment, settings: dict[str, Any], loaded: Loaded | None) -> None:
+    """Bring a folder back to where its checkpoint stands, and say so: settings of now, no rows of later epochs."""
+    if settings != experiment.settings:
+        experiment.update_settings(settings)
+    finished = 0
+    if loaded is None:
+        experiment.log(f"resume: {experiment.folder} holds no checkpoint yet; starting from the beginning")
+    else:
+        finished = loaded.state["progress"]["epoch"]
+        note = f" ({loaded.note})" if loaded.note else ""
+        experiment.log(f"resume: from {loaded.path}, {finished} epochs finished{note}")
+    experiment.truncate_metrics(lambda row: isinstance(row.get("epoch"), int) and row["epoch"] <= finished)

@@ -1,0 +1,117 @@
+"""Files that are written so that a crash leaves the old or the new one, and read without trusting what they say.
+
+For whoever keeps files: datasets, experiment folders, results. A file is written beside, synced and renamed over the
+old one, so that a crash, a full disk or a lost permission leaves the file that was there. Whatever is wrong with a file
+is a `FileError` of one line that names it.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+class FileError(ValueError):
+    """A file or folder cannot be used; the message is one line that names it and says why."""
+
+
+@contextlib.contextmanager
+def naming(action: str, path: str | os.PathLike) -> Iterator[None]:
+    """Turn the system's errors into a FileError that says what was tried and where."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def one_line(message: object, most: int | None = None) -> str:
+    """A message, or an exception's (its type where it has none), on one line of at most `most` characters."""
+    return " ".join(str(message).split())[:most] or type(message).__name__
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. Raises FileError for a pipe, which would wait for ever, and for a device."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FileError(f"cannot read {path}: not a regular file")
+    return open(path, "rb")
+
+
+def read_text(path: Path, max_bytes: int = -1) -> str:
+    """A file's content, which is to be UTF-8. Raises FileError, also where it is longer than `max_bytes`."""
+    with naming("read", path), open_regular(path) as file:
+        data = file.read(max_bytes)
+        if file.read(1):
+            raise FileError(f"cannot read {path}: longer than {max_bytes} bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise FileError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else takes; what is left of it after a crash can be told by `.*.tmp`."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, before_rename: Callable[[], None] | None = None) -> Iterator[BinaryIO]:
+    """Open a file that takes its name `path` only when it is complete and on disk; on an error all is as before.
+
+    before_rename: called when the new file is complete and not yet in place. Raises OSError.
+    """
+    path = Path(path)
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if before_rename is not None:
+            before_rename()
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file as a whole, or on any failure leave the one that was there. Raises FileError."""
+    with naming("write", path), replacing(path) as file:
+        file.write(content)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names of a folder's files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    # Some network file systems cannot sync a folder; there the rename is as durable as they make it.
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, all of it or nothing. Raises FileError, also for NaN and infinities."""
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise FileError(f"cannot write {path}: {error}") from error
+    write_text(path, text)
+
+
+def read_json(path: str | Path) -> Any:
+    """The content of a JSON file. Raises FileError where it is missing, unreadable or not JSON."""
+    text = read_text(Path(path))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"cannot read {path}: not JSON ({one_line(error, 200)})") from error

@@ -1,0 +1,84 @@
+"""Records: what is kept, what is replaced, what a crash may leave, and files that hold no records."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluations import (
+    Rough,
+    ShortAutoAttack,
+    contents,
+    digits,
+    evaluate,
+    identity,
+    learn_digits,
+    raise_interrupt,
+    two_checkpoints,
+)
+from torch import nn
+
+import eval as eval_script
+from data import Split
+from evaluation import attack, results
+from evaluation.results import Results
+
+
+@pytest.fixture(autouse=True)
+def short_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attack, "AutoAttack", ShortAutoAttack)
+
+
+@pytest.fixture(name="digits")
+def the_digits() -> Split:
+    return digits()
+
+
+@pytest.fixture
+def toy() -> nn.Module:
+    return learn_digits(Rough)
+
+
+def test_a_changed_checkpoint_gets_a_record_beside_the_old_one_and_its_progress_goes(
+    toy, digits, tmp_path, monkeypatch
+):
+    old = evaluate(toy, digits, tmp_path, n=5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShortAutoAttack, "run_standard_evaluation", raise_interrupt)
+        evaluate(toy, digits, tmp_path, n=10)
+    new = evaluate(toy, digits, tmp_path, n=5, sha256="1" * 64)
+    assert json.loads((tmp_path / "autoattack.json").read_text()) == [old, new]
+    assert not (tmp_path / "autoattack.unfinished.json").exists()
+
+
+def test_progress_that_a_crash_left_beside_its_finished_record_is_void(toy, digits, tmp_path, monkeypatch):
+    write = results.write_json
+
+    def crash_after_the_record(path: Path, value: Any) -> None:
+        write(path, value)
+        if path.name == "autoattack.json":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results, "write_json", crash_after_the_record)
+        evaluate(toy, digits, tmp_path, n=10)
+    assert json.loads((tmp_path / "autoattack.unfinished.json").read_text()) != []
+    assert Results(tmp_path / "autoattack").unfinished(identity(n=10)) is None
+
+
+def test_what_is_unfinished_of_another_evaluation_stays(toy, digits, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ShortAutoAttack, "run_standard_evaluation", raise_interrupt)
+        evaluate(toy, digits, tmp_path, n=10)
+    evaluate(toy, digits, tmp_path, n=5)
+    assert Results(tmp_path / "autoattack").unfinished(identity(n=10)) is not None
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1}', "[1]", '[{"checkpoint": "best.pt"}]'])
+def test_damaged_results_are_refused_and_left_alone(tmp_path, text):
+    folder = two_checkpoints(tmp_path)
+    (folder / "autoattack.json").write_text(text)
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"autoattack\.json: [^\n]+$"):
+        eval_script.main([str(folder), "--n", "1", "--device", "cpu"])
+    assert contents(folder) == before
