@@ -15,15 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from data import DATASETS
 from evaluation.attack import VERSIONS
 from evaluation.candidate import load_candidate, load_test
 from evaluation.environment import make_reproducible
 from evaluation.jobs import Task, evaluate_all
 from evaluation.place import open_place
 from experiment import flags
-from experiment.settings import dataset_name
-from experiment.weights import MODEL_SETTINGS, WEIGHTS
+from experiment.weights import WEIGHTS_HELP, add_model_flags
 
 # --- Flags: after a clear name stands the released code's spelling of the same ----------------------------------------
 
@@ -37,7 +35,7 @@ def build_parser() -> flags.Parser:
     positive = flags.whole(least=1)
     g = p.add_argument_group("what is evaluated")
     g.add_argument("--checkpoint", metavar="NAME", nargs="+", default=None, help="files of the folder (best.pt)")
-    g.add_argument("--weights", choices=list(WEIGHTS), default="average", help="of a file that holds both")
+    g.add_argument("--weights", metavar="NAME", default=None, help=WEIGHTS_HELP)
     g.add_argument("--n", type=flags.optional(positive), default=None, help="the first N test images; none takes all")
     g.add_argument("--data-dir", default=None, help="where prepared datasets lie (where training took them from)")
 
@@ -52,11 +50,7 @@ def build_parser() -> flags.Parser:
     flags.add_switch(g, "--again", default=False, help="evaluate also what is finished, and replace its record")
     flags.add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
-    g = p.add_argument_group("for a file without settings in it, as others write them")
-    g.add_argument("--model", default=None, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD")
-    g.add_argument("--dataset", "--data", type=dataset_name, default=None, help=", ".join(DATASETS) + " (cifar10)")
-    flags.add_switch(g, "--group-norm", "--GroupNorm", default=None, help="GroupNorm in the place of BatchNorm")
-    flags.add_switch(g, "--normalize", default=None, help="normalize inside the model; the Swish models always do")
+    add_model_flags(p)
     return p
 
 
@@ -109,9 +103,8 @@ def main(argv: list[str] | None = None) -> int:
 
     device = flags.device(args["device"])
     make_reproducible()
-    given = {name: args[name] for name in MODEL_SETTINGS}
     with open_place(Path(targets[0]), args["checkpoint"]) as (paths, results, log):
-        candidates = [load_candidate(path, args["weights"], given, log) for path in paths]
+        candidates = [load_candidate(path, args["weights"], args) for path in paths]
         tests = [load_test(candidate, args["data_dir"]) for candidate in candidates]
         for test in tests:
             if args["n"] is not None and args["n"] > len(test.labels):

@@ -22,7 +22,7 @@ from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
 from experiment.settings import PLACE, check_stored, resolve
-from experiment.weights import MODEL_SETTINGS, WEIGHTS
+from experiment.weights import WEIGHTS_HELP
 from storage.files import FileError, naming, replacing, write_text
 
 # What RobustBench ranks: the dataset, norm and ε of its leaderboards.
@@ -35,7 +35,7 @@ def build_parser() -> flags.Parser:
     p.add_argument("folder", metavar="FOLDER", help="an experiment folder")
     p.add_argument("out", metavar="OUT.pt", help="the file to write; the claim goes to OUT.md")
     p.add_argument("--checkpoint", metavar="NAME", default="best.pt", help="file of the folder")
-    p.add_argument("--weights", choices=list(WEIGHTS), default="average", help="which of its weights")
+    p.add_argument("--weights", metavar="NAME", default=None, help=WEIGHTS_HELP)
     flags.add_switch(p, "--force", default=False, help="overwrite files that exist")
     return p
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             raise FileExistsError(f"{path} exists; --force overwrites it")
 
     Experiment.open(folder)  # Says so where it is none.
-    candidate = load_candidate(folder / args.checkpoint, args.weights, dict.fromkeys(MODEL_SETTINGS), print)
+    candidate = load_candidate(folder / args.checkpoint, args.weights)
     text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
     with naming("write", out), replacing(out) as file:
         torch.save(dict(candidate.model.state_dict()), file)
@@ -159,8 +159,7 @@ def train_command(settings: Mapping[str, Any]) -> str:
     given |= {name: settings[name] for name in defaults if settings[name] != usual[name] and name not in PLACE}
     words = ["python", "train.py"]
     for name, value in given.items():
-        plain = value is None or isinstance(value, bool)
-        words += [f"--{name.replace('_', '-')}", str(value).lower() if plain else str(value)]
+        words += [f"--{name.replace('_', '-')}", flags.plain(value)]
     return shlex.join(words)
 
 

@@ -85,7 +85,7 @@ def check_early(settings: dict[str, Any], output_dir: str) -> None:
     flags.device(settings["device"], cuda_graphs=settings["cuda_graphs"])
     model = build_model(settings)
     if settings["pretrained"] is not None:
-        load_pretrained(model, settings["pretrained"])
+        load_pretrained(model, settings)
     generated = settings["aux_data_filename"]
     if generated is not None and not Path(generated).is_file():
         raise FileNotFoundError(f"--aux-data-filename {generated}: no such file")
@@ -103,7 +103,7 @@ def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None) -> Run:
 
     model = build_model(settings)
     if settings["pretrained"] is not None and loaded is None:
-        load_pretrained(model, settings["pretrained"])
+        load_pretrained(model, settings)
     model.to(device)
     if settings["compile"]:
         model.compile()

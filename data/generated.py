@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import struct
+import weakref
 import zipfile
 from pathlib import Path
 
@@ -43,7 +44,8 @@ class Auxiliary:
         self.offset = offset  # bytes of the file before the first image
         self.image_shape = tuple(image_shape)
         self.labels = labels
-        self._stream = open(self.path, "rb", buffering=0)  # noqa: SIM115  (open as long as this object lives)
+        self._file = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)  # open as long as this object lives
 
     def __len__(self) -> int:
         """Number of images."""
@@ -55,7 +57,7 @@ class Auxiliary:
         size = images[0].nbytes if len(index) else 0
         for position in np.argsort(index):  # in the order of the file, which disks prefer
             at = self.offset + int(index[position]) * size
-            if os.preadv(self._stream.fileno(), [images[position]], at) != size:
+            if os.preadv(self._file, [images[position]], at) != size:
                 raise DataFileError(f"{self.path}: no longer holds image {index[position]}: was it changed?")
         return Split(torch.from_numpy(images), torch.from_numpy(self.labels[index].astype(np.int64)))
 

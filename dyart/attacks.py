@@ -5,7 +5,7 @@ A norm is one entry in `BALLS`, an objective one in `OBJECTIVES`, a starting poi
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ def pgd(
     return worst if keep_worst or restarts > 1 else at
 
 
-def _lookup(argument: str, name: str, table: dict):
+def _lookup(argument: str, name: str, table: dict[str, Any]) -> Any:
     if name not in table:
         raise ValueError(f"unknown {argument} {name!r}: choose from {', '.join(table)}")
     return table[name]

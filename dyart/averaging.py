@@ -32,7 +32,7 @@ class WeightAverage:
         Steps during which the average copies the trained model.
     """
 
-    def __init__(self, model: nn.Module, *, tau: float = 0.995, warmup_steps: int = 0):
+    def __init__(self, model: nn.Module, *, tau: float = 0.995, warmup_steps: int = 0) -> None:
         if not 0 <= tau < 1:
             raise ValueError(f"tau must lie in [0, 1), got {tau}")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)

@@ -223,28 +223,3 @@ def negative_speed_share(
     boundary = find_boundary(model, x, y, norm=norm, temperature=temperature, steps=search_steps)
     speed = boundary_speed(model, boundary, y, direction, norm=norm, temperature=temperature)
     return (speed[boundary.found & (boundary.margin < below)] < 0).double().mean().item()
-
-
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval for a proportion; by default with 95 % confidence. (nan, nan) for a total of 0.
-
-    Source: Wilson, 1927.
-    """
-    if total == 0:
-        return math.nan, math.nan
-    share = successes / total
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mcnemar_p(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value of McNemar's test: are two shares of the same examples equal?
-
-    only_first, only_second: how many examples have the property in the first case only, and in the second only. If the
-    shares are equal, either is as likely for each of these: p is twice the binomial tail of the smaller number.
-
-    Source: McNemar, 1947.
-    """
-    total, fewer = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(total, count) for count in range(fewer + 1)) / 2**total)

@@ -4,8 +4,7 @@ For all that load a finished model: eval.py, export.py and the analysis.
 """
 
 import hashlib
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ from torch import nn
 
 from data import DEFAULT_DATA_DIR, Split, load_data
 from experiment.build import build_model
-from experiment.checkpoint import load_checkpoint
-from experiment.weights import model_settings, pick_weights
+from experiment.weights import model_settings, read_weights
 from models.weights import load_weights
 
 
@@ -24,30 +22,28 @@ class Candidate(NamedTuple):
     model: nn.Module
     identity: dict[str, Any]
     settings: Mapping[str, Any]  # of the run that made it; of others' files there are none
+    checkpoint: Mapping[str, Any]  # all that is in the file
 
 
-def load_candidate(path: Path, weights: str, given: Mapping[str, Any], log: Callable[[str], Any]) -> Candidate:
+def load_candidate(path: Path, weights: str | None = None, given: Mapping[str, Any] | None = None) -> Candidate:
     """The model of a checkpoint file: one of ours, which knows its settings, or others' with the settings as flags.
 
-    given: the flags `model`, `dataset`, `group_norm` and `normalize`, None where they were left out. Raises ValueError.
+    weights: which of the file's, see `experiment.weights.read_weights`. given: the flags that `add_model_flags` adds,
+    None where they were left out. Raises ValueError.
     """
     before = None
     while before != (digest := sha256(path)):  # Training may replace the file while it is read.
-        before, state = digest, load_checkpoint(path, foreign=True)
-    settings = model_settings(state, path, given)
-    kind, state_dict = pick_weights(state, weights, path)
+        before, chosen = digest, read_weights(path, weights)
+    settings = model_settings(chosen, path, given or {})
+    theirs = chosen.settings or {}
 
     # In the memory format of its training, which is the quicker one on the CPU.
-    channels_last = state.get("settings", {}).get("channels_last") is True
-    model = build_model({**settings, "channels_last": channels_last})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load_weights(model, state_dict, str(path))
-    for warning in caught:
-        log(f"warning: {warning.message}")
+    model = build_model({**settings, "channels_last": theirs.get("channels_last") is True})
+    load_weights(model, chosen.state_dict, str(path))
     model.eval().requires_grad_(False)
-    identity = {**settings, "checkpoint": path.name, "sha256": digest, "weights": kind}
-    return Candidate(model, identity, state.get("settings", {}))
+    identity = {**settings, "checkpoint": path.name, "sha256": digest, "weights": chosen.kind}
+    identity |= {"weights_key": chosen.key}
+    return Candidate(model, identity, theirs, chosen.checkpoint)
 
 
 def sha256(path: Path) -> str:

@@ -71,12 +71,11 @@ def load_splits(settings: dict[str, Any]) -> Data:
 
 def build_model(settings: dict[str, Any]) -> nn.Module:
     """The untrained model that the settings name, on the CPU."""
-    info = DATASETS[settings["dataset"]]
     model = create_model(
         settings["model"],
-        info.num_classes,
-        mean=info.mean,
-        std=info.std,
+        DATASETS[settings["dataset"]].num_classes,
+        mean=settings["mean"],
+        std=settings["std"],
         normalize=settings["normalize"],
         group_norm=settings["group_norm"],
     )

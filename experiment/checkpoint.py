@@ -87,7 +87,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any]:
-    """The state of a checkpoint on the CPU, with its version under "format"; no code in the file is ever run.
+    """The state of a checkpoint on the CPU, with its version under "format" if it is ours; no code in it is ever run.
 
     With `foreign`, also files that this program did not write: bare state dicts and the released code's checkpoints,
     in either of torch's file formats; numpy's numbers in them come back as Python's. A checksum is verified where there
@@ -135,6 +135,8 @@ def _verify(state: Any, foreign: bool) -> None:
         raise FileError("not a checkpoint of this program (no format and checksum in it)")
     if ours and version > CHECKPOINT_FORMAT:
         raise NewerFormatError(f"format {version}, of a later version; this one reads up to {CHECKPOINT_FORMAT}")
+    if not ours:
+        state.pop("format", None)  # Whatever another program means by it: with us it tells our own files.
     checksum = state.pop("sha256") if ours else None
     if _digest(state) != checksum and ours:  # Of foreign files, the digest only checks what they hold.
         raise FileError("damaged (its checksum does not match its content)")

@@ -41,6 +41,17 @@ def number(*, above: float = -math.inf, least: float = -math.inf, most: float = 
     return _within(lambda text: float(Fraction(text)) if "/" in text else float(text), "a number", above, least, most)
 
 
+def triple(text: str) -> list[float]:
+    """The type of a flag that takes a number for each colour channel, as in 0.4914,0.4822,0.4465."""
+    try:
+        values = [float(part) for part in text.strip("[]").split(",")]
+    except ValueError:
+        values = []
+    if len(values) != 3 or not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three numbers with commas between them")
+    return values
+
+
 def whole(*, least: int = 0, most: float = math.inf) -> Callable[[str], int]:
     """The type of a flag that takes a whole number within bounds."""
     return _within(int, "a whole number", -math.inf, least, most)
@@ -58,6 +69,13 @@ def optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"{error} or none") from None
 
     return convert
+
+
+def plain(value: Any) -> str:
+    """A flag's value as it is written on a command line."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _within(kind: Callable[[str], Any], noun: str, above: float, least: float, most: float) -> Callable[[str], Any]:

@@ -105,6 +105,14 @@ def released_beta(text: str) -> float:
     return value
 
 
+def add_normalization_flags(group: Any, default: Any) -> None:
+    """The flags that say whether a model normalizes its input, and by what."""
+    add_switch(group, "--normalize", default=default, help="normalize inside the model (the Swish models do)")
+    for name, what in (("--mean", "mean"), ("--std", "standard deviation")):
+        help_ = f"{what} of the colour channels to normalize by (the dataset's)"
+        group.add_argument(name, metavar="R,G,B", type=flags.triple, default=default, help=help_)
+
+
 def build_parser() -> flags.Parser:
     """The flags of train.py; those whose default is SUPPRESS take it from the recipe, or from other flags."""
     p = flags.Parser(prog="train.py", description="Train into an experiment folder: burn-in, then a method.")
@@ -121,11 +129,11 @@ def build_parser() -> flags.Parser:
         help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD (the recipe's)",
     )
     add_switch(g, "--group-norm", "--GroupNorm", default=False, help="GroupNorm in the place of BatchNorm")
-    add_switch(g, "--normalize", default=False, help="normalize inside the model; the Swish models always do")
+    add_normalization_flags(g, default=open_)
     g.add_argument("--method", choices=list(LOSSES), default="dyart", help="of training, after the burn-in")
-    g.add_argument(
-        "--pretrained", metavar="FILE|FOLDER", type=path, default=None, help="averaged weights to start from"
-    )
+    g.add_argument("--pretrained", metavar="FILE|FOLDER", type=path, default=None, help="weights to start from")
+    which = "of a file with several: average, raw or a name in the file (the average, where there is one)"
+    g.add_argument("--pretrained-weights", "--weights", metavar="NAME", default=None, help=which)
 
     g = p.add_argument_group("training (where no default is given: the recipe's)")
     g.add_argument("--burn-in-epochs", type=whole(), default=open_, help="epochs of clean training before the method")
@@ -201,6 +209,10 @@ def build_parser() -> flags.Parser:
     add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
     add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
+    # What has changed in how settings are followed. 2: validation images, class-balanced where a dataset is sorted; the
+    # momentum of BatchNorm's statistics in short runs.
+    p.add_argument("--rules", type=whole(least=1, most=2), default=2, help=argparse.SUPPRESS)
+
     # Released spellings that have no flag of their own here; `translate` says what they mean.
     add_switch(p, "--clean_training", default=open_, help=argparse.SUPPRESS)
     add_switch(p, "--DyART", dest="dyart", default=open_, help=argparse.SUPPRESS)
@@ -217,13 +229,14 @@ ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
 PLACE += ("tf32", "compile", "cuda_graphs")
-# Settings that were added since format 1 of the folder, with what a folder without them goes on with.
+# Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0}
+LATER |= {"rules": 1, "pretrained_weights": None}
 # The released search ends some 5 % beyond the boundary, the fast one at it. Trained on its points as they are, models
 # are a little more accurate and a little less robust (README, "What a step costs"); trained 5 % beyond them, alike.
 OVERSHOOT = {"fast": 0.05, "fab": 0.0}
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
-NULLABLE |= {"pretrained", "aux_data_filename", "checkpoint_minutes"}
+NULLABLE |= {"mean", "std", "pretrained", "pretrained_weights", "aux_data_filename", "checkpoint_minutes"}
 
 # --- Settings: flags and recipe resolved, as they stand in args.yaml --------------------------------------------------
 
@@ -286,6 +299,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     dataset, method = values["dataset"], values["method"]
     generated = values["aux_data_filename"] is not None
     values = recipe(dataset, method, generated=generated, group_norm=values["group_norm"]) | values
+    values |= resolve_normalization(values)
     values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])
     values.setdefault("attack_step", values["attack_eps"] / 4)
     values.setdefault("overshoot", OVERSHOOT[values["search"]])
@@ -307,19 +321,51 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in ACTIONS}
 
 
+def resolve_normalization(values: Mapping[str, Any]) -> dict[str, Any]:
+    """normalize, mean and std of a model, from those of them that are given, its name and its dataset.
+
+    Where the model does not normalize, mean and std are None. Raises ValueError where what is given does not fit.
+    """
+    given = {name: values[name] for name in ("mean", "std") if values.get(name) is not None}
+    normalize = values.get("normalize")
+    if given and normalize is False:
+        name, value = next(iter(given.items()))
+        raise ValueError(f"--{name} {flags.plain(value)}: without effect where --normalize is false")
+    if min(given.get("std", [1])) <= 0:
+        raise ValueError(f"--std {flags.plain(given['std'])}: must be positive")
+    if normalize is None:
+        normalize = bool(given) or values["model"].endswith("-swish")
+    info = DATASETS[values["dataset"]]
+    usual = {"mean": list(info.mean), "std": list(info.std)} if normalize else {"mean": None, "std": None}
+    return {"normalize": normalize, **usual, **given}
+
+
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file, with those that the version which wrote them did not have; unchecked."""
+    settings = LATER | dict(settings)
+    known = type(settings.get("normalize")) is bool and type(settings.get("model")) is str
+    if known and "mean" not in settings and settings.get("dataset") in list(DATASETS):
+        # Then the Swish models normalized whatever the setting said.
+        normalize = settings["normalize"] or settings["model"].endswith("-swish")
+        settings |= resolve_normalization({**settings, "normalize": normalize})
+    return settings
+
+
 def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """Hold settings read from a file against the flags they come from: names, types and ranges.
 
     Returns them, with those that the version which wrote them did not have. Raises FileError.
     """
-    settings = LATER | dict(settings)
+    settings = upgraded(settings)
     spec: dict[str, Any] = {}
     for name, value in resolve({}).items():
-        kind = str if name in ("pretrained", "aux_data_filename") else float if value is None else type(value)
+        kind = float if value is None else type(value)
+        kind = str if name in ("pretrained", "pretrained_weights", "aux_data_filename") else kind
         kind = int if name in ("train_subset", "search_steps", "validation_size") else kind
+        kind = list if name in ("mean", "std") else kind
         spec[name] = (kind, type(None)) if name in NULLABLE else kind
     check_settings(settings, spec, source)
-    argv = [f"{flag_of(name)}={value}" for name, value in settings.items() if value is not None]
+    argv = [f"{flag_of(name)}={flags.plain(value)}" for name, value in settings.items() if value is not None]
 
     def refuse(message: str) -> NoReturn:
         raise FileError(f"{source}: {message}")

@@ -23,7 +23,7 @@ from experiment.build import Stage, stages_of
 from experiment.folder import Experiment, Loaded
 from experiment.metrics import Meter
 from experiment.schedules import SCHEDULES
-from experiment.settings import ACTIONS, LATER, PLACE, check_settings, check_stored
+from experiment.settings import ACTIONS, PLACE, check_settings, check_stored, upgraded
 from models.weights import load_weights
 from storage.files import FileError
 
@@ -190,7 +190,7 @@ def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
     check_state(state.get("progress"), vars(Progress()), f"{path}: progress")
     if not isinstance(state.get("settings"), dict):
         raise FileError(f"{path}: no settings in it")
-    theirs = LATER | state["settings"]
+    theirs = upgraded(state["settings"])
     may_differ = {*PLACE, "epochs"} if SCHEDULES[settings["scheduler"]].extendable else {*PLACE}
     for name in settings.keys() - may_differ:
         if name not in theirs or theirs[name] != settings[name]:

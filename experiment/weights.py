@@ -1,80 +1,190 @@
 """What a checkpoint file holds, ours or others': which weights, and which settings make their model.
 
-For whoever loads a model: train.py's --pretrained, and the evaluation.
+For whoever loads a model, train.py's --pretrained and the evaluation alike: one reading, one choice among several sets
+of weights, one check of what they fit.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from data import DATASETS
+from experiment import flags
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
-from experiment.settings import check_settings
-from models.weights import load_weights
+from experiment.settings import (
+    add_normalization_flags,
+    check_settings,
+    dataset_name,
+    flag_of,
+    resolve_normalization,
+    upgraded,
+)
+from models.weights import load_weights, statistics_of
 from storage.files import FileError
 
-# Where our checkpoints, and those of others, keep which weights.
-WEIGHTS = {
-    "average": ["average", "wa_model", "model_state_dict"],
-    "raw": ["model", "unaveraged_model", "unaveraged_model_state_dict"],
-}
+# The settings that make a checkpoint's model and choose its data.
 MODEL_SETTINGS = {"dataset": str, "model": str, "group_norm": bool, "normalize": bool}
-# Where our checkpoints, and those of others, keep the averaged weights.
-AVERAGE_KEYS = ("average", "wa_model", "model_state_dict", "state_dict")
+MODEL_SETTINGS |= {"mean": (list, type(None)), "std": (list, type(None))}
+
+WEIGHTS_HELP = "of a file with several: average, raw or a name in the file (the average, where there is one)"
+
+# --- Which weights ----------------------------------------------------------------------------------------------------
 
 
-def model_settings(state: Mapping[str, Any], path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make a checkpoint's model and choose its data: its own, or where it has none the flags'."""
-    if "settings" not in state:
-        if given["model"] is None:
-            raise ValueError(f"{path} has no settings in it: say what it is with --model (and --dataset, --normalize)")
-        defaults = {"dataset": "cifar10", "group_norm": False, "normalize": False}
-        return {name: defaults[name] if given[name] is None else given[name] for name in MODEL_SETTINGS}
-    if not isinstance(state["settings"], Mapping):
-        raise FileError(f"{path}: its settings are a {type(state['settings']).__name__}")
-    settings = {name: state["settings"][name] for name in MODEL_SETTINGS if name in state["settings"]}
+class Weights(NamedTuple):
+    """One of the sets of weights in a file.
+
+    kind: "average", "raw", or "only" where the file has one set and does not say which. key: the name that it has in
+    the file, "" where it is the file. settings: of the run that wrote the file, None for others' files. checkpoint: all
+    that is in the file.
+    """
+
+    kind: str
+    key: str
+    state_dict: Mapping[str, Tensor]
+    settings: dict[str, Any] | None
+    checkpoint: dict[str, Any]
+
+
+def read_weights(path: Path, wanted: str | None = None) -> Weights:
+    """The weights of a checkpoint file, ours or others'.
+
+    wanted: "average", "raw" or a name in the file; None takes the average where the file has one. Raises FileError, and
+    ValueError where the file has no such weights, or several that could be meant.
+    """
+    return choose_weights(load_checkpoint(path, foreign=True), path, wanted)
+
+
+def choose_weights(checkpoint: dict[str, Any], path: Path, wanted: str | None = None) -> Weights:
+    """`read_weights` of a file that is read already."""
+    # Others may have something else under this name.
+    settings = checkpoint.get("settings") if "format" in checkpoint else None
+    if settings is not None and not isinstance(settings, Mapping):
+        raise FileError(f"{path}: its settings are a {type(settings).__name__}")
+    sets = {key: found for key, value in checkpoint.items() if (found := _weights_in(value)) is not None}
+    kinds = {key: _kind(key, sets) for key in sets}
+    if wanted in sets:
+        return Weights(kinds[wanted], wanted, sets[wanted], settings, checkpoint)
+    if not sets and wanted is None:
+        return Weights("only", "", checkpoint, settings, checkpoint)
+    averages = [key for key in sets if kinds[key] == "average"]
+    keys = [key for key in sets if kinds[key] == wanted] if wanted is not None else averages or list(sets)
+    if len(keys) != 1:
+        held = " and ".join(f"{key} ({kinds[key]})" for key in sets) or "a single set of weights"
+        which = f"--weights {wanted}: " if wanted is not None else ""
+        problem = "has more than one that could be meant" if keys else "has none"
+        raise ValueError(f"{which}{path} {problem}: it holds {held}; choose with --weights NAME")
+    (key,) = keys
+    kind = "only" if len(sets) == 1 and wanted is None and kinds[key] == "raw" else kinds[key]
+    return Weights(kind, key, sets[key], settings, checkpoint)
+
+
+def _weights_in(value: Any) -> Mapping[str, Tensor] | None:
+    """A state dict: names to tensors, or a dict that wraps one and no other."""
+    if not isinstance(value, Mapping) or not value or not all(isinstance(name, str) for name in value):
+        return None
+    if all(isinstance(entry, Tensor) for entry in value.values()):
+        return value if any("." in name for name in value) else None
+    inner = [found for entry in value.values() if (found := _weights_in(entry)) is not None]
+    return inner[0] if len(inner) == 1 else None
+
+
+def _kind(key: str, keys: Mapping[str, Any]) -> str:
+    """Whether a set of weights is an average, by its name: state_dict_ema, model_ema, averaged_model, wa_model, ..."""
+    words = re.split("[^a-z]+", key.lower())
+    if {"ema", "avg", "average", "averaged", "swa", "wa", "shadow"} & set(words):
+        return "average"
+    # The released code calls the average model_state_dict, and the trained weights unaveraged_model_state_dict.
+    return "average" if f"unaveraged_{key}" in keys else "raw"
+
+
+# --- Whose model ------------------------------------------------------------------------------------------------------
+
+
+def add_model_flags(parser: flags.Parser, default_model: str | None = None) -> None:
+    """The flags of a model for a file that does not say what it is, as others write them."""
+    g = parser.add_argument_group("for a file without settings in it, as others write them")
+    shown = f" ({default_model})" if default_model else ""
+    g.add_argument("--model", default=None, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD" + shown)
+    g.add_argument("--dataset", "--data", type=dataset_name, default=None, help=", ".join(DATASETS) + " (cifar10)")
+    flags.add_switch(g, "--group-norm", "--GroupNorm", default=None, help="GroupNorm in the place of BatchNorm")
+    add_normalization_flags(g, default=None)
+
+
+def model_settings(weights: Weights, path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make the model of `weights` and choose its data: the file's, or where it has none the flags'.
+
+    given: the flags of `add_model_flags`, None where they were left out; others are passed over. Statistics that a
+    file keeps among its weights are its model's. Raises ValueError where file and flags differ, FileError where the
+    file's settings are no such settings.
+    """
+    given = {name: given[name] for name in MODEL_SETTINGS if given.get(name) is not None}
+    statistics = statistics_of(weights.state_dict)
+    if weights.settings is not None:
+        settings = model_settings_of(weights.settings, path)
+    elif "model" not in given:
+        raise ValueError(f"{path} has no settings in it: say what it is with --model (and --dataset, --normalize)")
+    else:
+        settings = {"dataset": "cifar10", "group_norm": False, "normalize": None, **given}
+        if statistics and settings["normalize"] is not False:
+            settings = statistics | settings
+        settings |= resolve_normalization(settings)
+    check_same_model(given, settings, path)
+    return {name: settings[name] for name in MODEL_SETTINGS}
+
+
+def model_settings_of(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The model's part of the settings in a file of ours, checked."""
+    settings = upgraded(settings)
+    settings = {name: settings[name] for name in MODEL_SETTINGS if name in settings}
     check_settings(settings, MODEL_SETTINGS, path)
-    for name, value in given.items():
-        if value is not None and value != settings[name]:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {value}: {path} was trained with {settings[name]}; leave the flag out")
+    for name in ("mean", "std"):
+        numbers = settings[name] is None or [type(value) for value in settings[name]] == [float] * 3
+        if not numbers or (settings[name] is None) == settings["normalize"]:
+            raise FileError(f"{path}: {name} {settings[name]} with normalize {settings['normalize']}")
     if settings["dataset"] not in DATASETS:
         raise FileError(f"{path}: unknown dataset {settings['dataset']!r}; known are {', '.join(DATASETS)}")
     return settings
 
 
-def pick_weights(state: Mapping[str, Any], wanted: str, path: Path) -> tuple[str, Mapping[str, Tensor]]:
-    """The weights that were asked for, with their kind; a bare state dict is of the kind "only"."""
-    held = {
-        kind: key for kind, keys in WEIGHTS.items() for key in reversed(keys) if isinstance(state.get(key), Mapping)
-    }
-    if not held and wanted == "average":
-        return "only", state.get("state_dict", state)
-    if wanted not in held:
-        raise ValueError(f"--weights {wanted}: {path} holds {' and '.join(held) or 'a single set of weights'} only")
-    return wanted, state[held[wanted]]
+def check_same_model(wanted: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:
+    """Raise ValueError, naming all that differs, where a file was trained as another model than the one wanted."""
+    differ = [name for name in MODEL_SETTINGS if name in wanted and wanted[name] != theirs[name]]
+    if differ:
+        asked, trained = (
+            " ".join(f"{flag_of(name)} {flags.plain(values[name])}" for name in differ) for values in (wanted, theirs)
+        )
+        raise ValueError(f"{asked}: {path} was trained with {trained}")
 
 
-def load_pretrained(model: nn.Module, source: str) -> None:
-    """Load averaged weights: of a folder's latest checkpoint, of a checkpoint file, or a bare state dict."""
-    path = Path(source)
+def load_pretrained(model: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Load the weights that --pretrained names: a folder's latest checkpoint, a checkpoint file, a bare state dict.
+
+    Raises ValueError, or FileError or FileNotFoundError, also where they are of another model than `settings` say.
+    """
+    path = Path(settings["pretrained"])
+    flag = f"--pretrained {path}"
     if not path.exists():
-        raise FileNotFoundError(f"--pretrained {source}: no such file or folder")
+        raise FileNotFoundError(f"{flag}: no such file or folder")
     if path.is_dir():
         loaded = Experiment.open(path).load_latest()
         if loaded is None:
-            raise FileError(f"--pretrained {source}: the folder holds no checkpoint yet")
-        state, path = loaded.state, loaded.path
+            raise FileError(f"{flag}: the folder holds no checkpoint yet")
+        state = loaded.state
         wanted = state["settings"]["burn_in_epochs"] + state["settings"]["epochs"]
         if state["progress"]["epoch"] < wanted:
             raise FileError(
-                f"--pretrained {source}: {state['progress']['epoch']} of its {wanted} epochs are finished; "
-                f"go on with --resume {source}, or name one of its checkpoint files"
+                f"{flag}: {state['progress']['epoch']} of its {wanted} epochs are finished; "
+                f"go on with --resume {path}, or name one of its checkpoint files"
             )
+        path = loaded.path
+        weights = choose_weights(state, path, settings["pretrained_weights"])
     else:
-        state = load_checkpoint(path, foreign=True)
-    weights = next((state[key] for key in AVERAGE_KEYS if isinstance(state.get(key), Mapping)), state)
-    load_weights(model, weights, f"--pretrained {path}")
+        weights = read_weights(path, settings["pretrained_weights"])
+    if weights.settings is not None:
+        check_same_model(settings, model_settings_of(weights.settings, path), path)
+    load_weights(model, weights.state_dict, f"--pretrained {path}")

@@ -27,7 +27,7 @@ def create_model(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    normalize: bool = False,
+    normalize: bool | None = None,
     group_norm: bool = False,
 ) -> nn.Module:
     """A new classifier: images (n, 3, h, w) with pixels in [0, 1] to logits (n, num_classes).
@@ -36,9 +36,9 @@ def create_model(
         name: wrn-D-W or wrn-D-W-swish (depth D = 6k + 4, width W >= 1), preact-resnet{18,34,50,101},
             preact-resnet{18,34}-swish, resnet{18,34,50,101}.
         num_classes: number of logits, at least 2.
-        mean, std: of the dataset's three colour channels; CIFAR-10's where they are None. The -swish models always
-            normalize their input by them, the others where `normalize` is set. They are not in the state dict.
-        normalize: normalize inside the model; without effect on the -swish models, which always do.
+        mean, std: of the dataset's three colour channels; CIFAR-10's where they are None. They are not in the state
+            dict, and without effect where the model does not normalize.
+        normalize: normalize the input by them, inside the model; where it is None, the -swish models do.
         group_norm: GroupNorm(min(32, C), C) in the place of every BatchNorm2d(C) (see `replace_batch_norm`).
 
     Raises:
@@ -47,7 +47,7 @@ def create_model(
     """
     if num_classes < 2:
         raise ValueError(f"num_classes {num_classes}: expected at least 2")
-    if normalize or name.endswith("-swish"):
+    if name.endswith("-swish") if normalize is None else normalize:
         mean = CIFAR10_MEAN if mean is None else mean
         std = CIFAR10_STD if std is None else std
     else:

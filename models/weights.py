@@ -1,6 +1,5 @@
 """Loading weights into a model: our own, or those that others saved from inside a wrapper."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -8,39 +7,50 @@ from torch import Tensor, nn
 
 from models.normalization import Normalization
 
-# DataParallel's, and those of nn.Sequential(model) and nn.Sequential(normalization, model).
-PREFIXES = ("module.", "0.", "1.")
+# Those of DataParallel and AveragedModel, torch.compile, a wrapper's attribute, nn.Sequential(model) and
+# nn.Sequential(normalization, model).
+PREFIXES = ("module.", "_orig_mod.", "model.", "0.", "1.")
+# The statistics that a model normalizes its input by, under any prefix.
+STATISTICS = ("mean", "std")
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor], source: str) -> None:
     """Load `state_dict` strictly into a model that `create_model` made, or raise and leave the model as it was.
 
-    Prefixes of wrappers (`module.`, `0.`, `1.`, repeated or not) are taken off, and entries called `mean` and `std`
-    left out, for the model has its own; a warning tells where they differ. The counters `num_batches_tracked`, which
-    have no effect on the output, may be missing. A ReLU and a Swish WideResNet have the same entries: one's weights
-    load into the other unnoticed.
+    Prefixes of wrappers (`module.`, `_orig_mod.`, `model.`, `0.`, `1.`, repeated or not) are taken off, with the
+    counter `n_averaged` of an AveragedModel. Entries called `mean` and `std` are held against the model's own
+    (`statistics_of` has them, to build the model by). The counters `num_batches_tracked`, which have no effect on the
+    output, may be missing, or floats. A ReLU and a Swish WideResNet have the same entries: one's weights load into the
+    other unnoticed.
 
     Args:
         source: where the weights come from (a file, mostly), for the messages.
 
     Raises:
         ValueError: in one line, for what is no state dict, weights of another model or number of classes, weights that
-            expect normalized input where the model does not normalize, and values that are NaN or infinite.
+            expect another normalization of the input than the model's, and values that are NaN or infinite.
     """
     _check_state_dict(state_dict, source)
-    statistics = {name: value for name, value in state_dict.items() if name.rpartition(".")[2] in ("mean", "std")}
-    weights = {name: value for name, value in state_dict.items() if name not in statistics}
+    statistics = {name: value for name, value in state_dict.items() if name.rpartition(".")[2] in STATISTICS}
+    weights = {name: value for name, value in state_dict.items() if name not in (*statistics, "n_averaged")}
     stripped = ""
     while prefix := next((p for p in PREFIXES if weights and all(name.startswith(p) for name in weights)), None):
         weights = {name.removeprefix(prefix): value for name, value in weights.items()}
         stripped += prefix
     own = model.state_dict()
     counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
-    weights = counters | weights
+    weights = {name: value.long() if name in counters else value for name, value in (counters | weights).items()}
 
     _check_entries(model, own, weights, source)
     _check_normalization(model, statistics, bool(statistics) or "1." in stripped, source)
     model.load_state_dict(weights, strict=True)
+
+
+def statistics_of(state_dict: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """The `mean` and `std` that a state dict keeps among its weights, three numbers each; {} where it does not."""
+    found = {name.rpartition(".")[2]: value for name, value in state_dict.items() if isinstance(name, str)}
+    numbers = {name: found[name].flatten().tolist() for name in STATISTICS if isinstance(found.get(name), Tensor)}
+    return numbers if [len(values) for values in numbers.values()] == [3, 3] else {}
 
 
 def _check_state_dict(state_dict: Mapping[str, Tensor], source: str) -> None:
@@ -86,16 +96,16 @@ def _check_entries(model: nn.Module, own: dict[str, Tensor], weights: dict[str, 
 
 
 def _check_normalization(model: nn.Module, statistics: dict[str, Tensor], expected: bool, source: str) -> None:
-    """A model that normalizes where the weights expect it (else its outputs would be wrong without a sign of it)."""
+    """A model that normalizes as the weights expect it (else its outputs would be wrong without a sign of it)."""
     layer = next((module for module in model.modules() if isinstance(module, Normalization)), None)
     if expected and layer is None:
         raise ValueError(f"{source}: the weights expect normalized input, the model does not normalize (--normalize)")
     for name, value in statistics.items():
         own = getattr(layer, name.rpartition(".")[2]).flatten()
         if value.numel() != own.numel() or not torch.allclose(value.flatten().to(own), own, rtol=0, atol=1e-3):
-            warnings.warn(
-                f"{source}: {name} is {value.flatten().tolist()}, the model keeps {own.tolist()}", stacklevel=3
-            )
+            kind = name.rpartition(".")[2]
+            theirs, ours = (", ".join(f"{number:.4f}" for number in v.flatten().tolist()) for v in (value, own))
+            raise ValueError(f"{source}: the weights expect input of {kind} {theirs}, the model's is {ours} (--{kind})")
 
 
 def _some(names: Iterable[str], number: int = 3) -> str:

@@ -6,11 +6,13 @@ is a `FileError` of one line that names it.
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -106,6 +108,15 @@ def write_json(path: str | Path, value: Any) -> None:
     except (TypeError, ValueError) as error:
         raise FileError(f"cannot write {path}: {error}") from error
     write_text(path, text)
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write at least one row, all with the same columns, as CSV, all of it or nothing. Raises FileError."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_json(path: str | Path) -> Any:

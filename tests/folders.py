@@ -3,6 +3,7 @@
 With DYART_LARGE_TESTS=1: 200 kills instead of 20, and 1,500 mutated files of each kind instead of 60.
 """
 
+import codecs
 import contextlib
 import os
 import random
@@ -131,6 +132,7 @@ def loads_or_refuses(path: Path, read: Callable[[], Any]) -> Any:
 def unprivileged() -> Iterator[None]:
     """Without root's privilege to write where permissions forbid it."""
     is_root = os.geteuid() == 0
+    codecs.lookup("latin1")  # imported when a checkpoint is first read, and others may not look into root's Python
     if is_root:
         os.seteuid(65534)
     try:

@@ -116,7 +116,7 @@ def test_torchvisions_files_are_used_without_network(remote, tmp_path, place, ex
     archive = (remote / "cifar-10-python.tar.gz").rename(tmp_path / place / "cifar-10-python.tar.gz")
     if extracted:
         with tarfile.open(archive) as tar:
-            tar.extractall(tmp_path / place)
+            tar.extractall(tmp_path / place, filter="data")
         archive.unlink()
     check_same(load_data("cifar10", tmp_path, download=False), 10)
     assert archive.exists() != extracted
@@ -204,7 +204,7 @@ def test_code_in_an_extracted_file_is_not_run(remote, tmp_path):
             return os.mkdir, (str(tmp_path / "was-run"),)
 
     with tarfile.open(remote / "cifar-10-python.tar.gz") as tar:
-        tar.extractall(tmp_path)
+        tar.extractall(tmp_path, filter="data")
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Code()))
     with pytest.raises(DataFileError, match=f"{tmp_path}/cifar-10-batches-py .*corrupted"):
         load_data("cifar10", tmp_path, download=False)

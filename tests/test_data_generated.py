@@ -60,6 +60,19 @@ def test_an_uncompressed_file_is_read_in_place(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.npz"] and auxiliary.path == tmp_path / "x.npz"
 
 
+def test_the_file_is_open_as_long_as_what_reads_it_is_there(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, **arrays())
+
+    def is_open() -> bool:
+        return str(path) in {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+
+    auxiliary = load(path)
+    assert is_open() and len(auxiliary) == 50
+    del auxiliary
+    assert not is_open()
+
+
 def test_a_compressed_file_is_converted_once_and_again_when_it_changes(tmp_path, caplog):
     path, cache = tmp_path / "x.npz", tmp_path / "cache"
     np.savez_compressed(path, **arrays())

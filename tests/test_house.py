@@ -1,4 +1,4 @@
-"""The house: which part may import which, where torch.distributed stands, and how long a script may be."""
+"""The house: which part may import which, where torch.distributed stands, who forks, how long a script may be."""
 
 import ast
 from collections.abc import Iterator
@@ -77,6 +77,22 @@ def test_torch_distributed_is_behind_one_door():
         if "distributed" in attributes or any(f"{name}.".startswith("torch.distributed.") for name in names(tree)):
             users.add(str(path.relative_to(ROOT)))
     assert users <= {PROCESSES}
+
+
+def test_nothing_forks_but_the_children_of_tests():
+    """PyTorch's threads do not survive a fork. Python's warning of it says nothing where warnings are errors."""
+    forking = set()
+    for path in [*FILES, *ROOT.glob("tests/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case (
+                    ast.Attribute(value=ast.Name(id="os"), attr="fork" | "forkpty")
+                    | ast.Attribute(value=ast.Name(id="multiprocessing"), attr="Process" | "Pool")
+                    | ast.Call(func=ast.Attribute(attr="get_context" | "set_start_method"), args=[ast.Constant("fork")])
+                    | ast.Call(func=ast.Name(id="get_context" | "ProcessPoolExecutor"))
+                ):
+                    forking.add(str(path.relative_to(ROOT)))
+    assert forking == {"tests/children.py"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

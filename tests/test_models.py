@@ -1,7 +1,6 @@
 """The models against published counts, RobustBench's names, other implementations and plain re-statements."""
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -10,9 +9,10 @@ import torchvision
 from torch import nn
 
 from models import MODELS, create_model
-from models.weights import load_weights
+from models.weights import load_weights, statistics_of
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+UNIT = (0, 0, 0), (1, 1, 1)
 SMALL = ["wrn-10-1", "wrn-10-1-swish", "wrn-16-2", "wrn-16-2-swish", "wrn-10-3-swish"]
 KINDS = ["wrn-10-1", "wrn-10-2-swish", "preact-resnet18", "preact-resnet18-swish", "resnet18"]
 
@@ -248,8 +248,14 @@ def test_normalizing_inside_is_normalizing_outside(name):
 
 
 @pytest.mark.parametrize("name", ["wrn-10-1-swish", "preact-resnet18-swish"])
-def test_swish_models_always_normalize_by_default_with_cifar10s_statistics(name):
+def test_swish_models_normalize_unless_told_otherwise_by_default_with_cifar10s_statistics(name):
     implicit = randomized(name)
+    plain, identity = (
+        create_model(name, mean=m, std=s, normalize=n) for m, s, n in ((MEAN, STD, False), (*UNIT, True))
+    )
+    plain.load_state_dict(identity.state_dict(), strict=True)
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(plain.eval()(x), identity.eval()(x))
     explicit = create_model(name, mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616)).double().eval()
     explicit.load_state_dict(implicit.state_dict(), strict=True)
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
@@ -399,7 +405,22 @@ def prefixed(state, prefix):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "module.", "0.", "module.0.", "0.module.", "module.module.", "module.1.", "1.", "0.1."]
+    "prefix",
+    [
+        "",
+        "module.",
+        "0.",
+        "module.0.",
+        "0.module.",
+        "module.module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "model.",
+        "module.model.",
+        "module.1.",
+        "1.",
+        "0.1.",
+    ],
 )
 def test_load_weights_takes_prefixes_off(prefix):
     state = saved()
@@ -415,13 +436,20 @@ def test_load_weights_leaves_out_mean_and_std(where):
     weights = prefixed(state, {"0.": "1.", "module.0.": "module.1."}.get(where, where))
     weights[f"{where}mean"] = torch.tensor((0.4914, 0.4822, 0.4465)).view(1, 3, 1, 1)
     weights[f"{where}std"] = torch.tensor((0.2471, 0.2435, 0.2616)).view(1, 3, 1, 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_weights(model, weights, "file.pt")
+    load_weights(model, weights, "file.pt")
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-def test_load_weights_warns_of_another_mean_or_std():
+def test_statistics_of_a_state_dict():
+    state = prefixed(saved(), "1.")
+    assert statistics_of(state) == {}
+    values = {"0.mean": torch.tensor(MEAN).view(1, 3, 1, 1), "0.std": torch.tensor(STD)}
+    assert statistics_of(state | values) == {"mean": pytest.approx(list(MEAN)), "std": pytest.approx(list(STD))}
+    for bad in ({"0.std": torch.ones(2)}, {"0.std": 1.0}):
+        assert statistics_of(state | values | bad) == {}
+
+
+def test_load_weights_refuses_another_mean_or_std():
     model = create_model("wrn-10-1-swish")
     for other in (
         torch.tensor((0.2023, 0.1994, 0.2010)),
@@ -429,7 +457,7 @@ def test_load_weights_warns_of_another_mean_or_std():
         torch.rand(2),
         torch.full((3,), math.nan),
     ):
-        with pytest.warns(UserWarning, match=r"file.pt: 0.std is .*the model keeps \[0.247"):
+        with pytest.raises(ValueError, match=r"file.pt: .* expect input of std .*the model's is 0.2471, 0.24.*--std"):
             load_weights(model, {"0.std": other, **prefixed(saved(), "1.")}, "file.pt")
 
 
@@ -439,6 +467,16 @@ def test_load_weights_of_a_model_behind_a_normalization_layer_need_one_inside():
         with pytest.raises(ValueError, match="normalized input.*--normalize"):
             load_weights(create_model("wrn-10-1"), foreign, "file.pt")
         load_weights(create_model("wrn-10-1", mean=MEAN, std=STD, normalize=True), foreign, "file.pt")
+
+
+def test_load_weights_of_an_averaged_model():
+    model = create_model("wrn-10-1-swish")
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    averaged.update_parameters(randomized("wrn-10-1-swish", dtype=torch.float32))
+    state = {name: value.float() if "num_batches" in name else value for name, value in averaged.state_dict().items()}
+    assert "n_averaged" in state
+    load_weights(model, state, "file.pt")
+    assert all(torch.equal(value, averaged.module.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_load_weights_does_without_the_counters_and_takes_other_precisions():

@@ -3,9 +3,11 @@
 import ast
 import email.message
 import importlib.metadata
+import inspect
 import shutil
 import subprocess
 import sys
+import typing
 import zipfile
 from pathlib import Path
 
@@ -26,6 +28,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # For the child, installed top-level modules other than these are not there.
 CHILD = """
 import sys
+import typing
 from importlib.machinery import PathFinder
 
 class Some:
@@ -191,3 +194,11 @@ def test_dyart_imports_only_torch_numpy_and_pythons_own(path):
             assert node.level == 0, "absolute imports, as everywhere here"
             tops.add(node.module.partition(".")[0])
     assert tops - sys.stdlib_module_names <= {"dyart", "torch", "numpy"}
+
+
+@pytest.mark.parametrize("name", sorted({*dyart.__all__} - {"Boundary", "__version__"}))
+def test_what_is_exported_is_typed(name):
+    exported = getattr(dyart, name)
+    for function in [exported.__init__, exported.update] if inspect.isclass(exported) else [exported]:
+        names = {*inspect.signature(function).parameters, "return"} - {"self"}
+        assert names == typing.get_type_hints(function).keys()

@@ -1,0 +1,319 @@
+"""What a training step and its parts cost: time, operations, memory. For bench.py."""
+
+import copy
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+
+from data import balanced_subset, load_data, to_input
+from dyart.averaging import WeightAverage
+from dyart.graphs import CudaGraphs
+from dyart.losses import LOSSES
+from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin
+from dyart.modes import frozen, mixed_precision
+from dyart.projection import NORMS
+from evaluation.candidate import load_candidate
+from experiment import flags
+from experiment.build import build_model
+from experiment.settings import resolve_normalization
+from experiment.weights import MODEL_SETTINGS
+
+# The training steps that are timed: the method, and its options where they are not the defaults.
+STEPS = {
+    "clean step": ("clean", {}),
+    "PGD-10 AT step": ("at", {}),
+    "TRADES-10 step": ("trades", {}),
+    "DyART step": ("dyart", {}),
+    "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a graph
+}
+
+
+# What a figure is a multiple of.
+BASES = {
+    "forward": "forward + input gradient",
+    "projection": "forward + input gradient",
+    "search": "its passes",
+    "search, fab": "search",
+    "PGD-10 AT step": "clean step",
+    "TRADES-10 step": "PGD-10 AT step",
+    "DyART step": "PGD-10 AT step",
+    "DyART step, --search fab": "DyART step",
+}
+
+
+class Workload(NamedTuple):
+    """A model with its weights, in eval mode, and images to measure it on."""
+
+    model: nn.Module
+    identity: dict[str, Any]
+    x: Tensor
+    y: Tensor
+    autocast: Callable[[], Any]
+    norm: str
+
+    def correct(self) -> Tensor:
+        """Which examples have a margin. (n,)"""
+        with torch.no_grad(), self.autocast():
+            return soft_logit_margin(self.model(self.x), self.y) > CORRECT_ABOVE
+
+
+def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
+    """The model of a checkpoint, or an untrained one that is sure, and taken to be right, about most of its images."""
+    device = flags.device(options["device"])
+    if target is None:
+        named = {name: options[name] for name in MODEL_SETTINGS if options[name] is not None}
+        identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, **named}
+        identity |= resolve_normalization(identity)
+        torch.manual_seed(options["seed"])
+        model = build_model({**identity, "channels_last": False}).eval()
+        identity |= {"checkpoint": None}
+    else:
+        path = Path(target)
+        path = path / "best.pt" if path.is_dir() else path
+        candidate = load_candidate(path, None, options)
+        model, identity = candidate.model, candidate.identity
+        model.requires_grad_(True)
+    layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
+    test = load_data(identity["dataset"], options["data_dir"])[1]
+    chosen = balanced_subset(test, max(options["batch_size"], options["examples"]), options["seed"])
+    x, y = to_input(chosen.images).to(device).contiguous(memory_format=layout), chosen.labels.to(device)
+    model.to(device, memory_format=layout)
+    if options["compile"]:
+        model.compile()
+    if target is None:
+        with torch.no_grad():
+            [module for module in model.modules() if isinstance(module, nn.Linear)][-1].weight *= 100
+            y = model(x).argmax(1)
+
+    def autocast() -> Any:
+        return mixed_precision(options["amp"], device.type)
+
+    return Workload(model, identity, x, y, autocast, options["norm"])
+
+
+def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Callable[[], None]:
+    """One step of a training method on its own copy of the model, as in train.py; at a learning rate of 0."""
+    method, extra = STEPS[name]
+    model = copy.deepcopy(workload.model)
+    average = WeightAverage(model)
+    sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, **sgd)
+    batch = slice(options["batch_size"])
+    x, y = workload.x[batch], workload.y[batch]
+    arguments = {} if method == "clean" else {"norm": workload.norm, **extra}
+    if name == "DyART step" and options["cuda_graphs"]:
+        arguments["graphs"] = CudaGraphs()
+    statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def step() -> None:
+        for buffer, value in statistics_:
+            buffer.copy_(value)
+        optimizer.zero_grad()
+        with workload.autocast():
+            loss, _ = LOSSES[method](model, x, y, **arguments)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        average.update(model, 1000)
+
+    return step
+
+
+def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> dict[str, dict[str, Any]]:
+    """Seconds of each part and step (median, quartiles), and their multiples of others in the same round.
+
+    Of steps also the images a second, the floating-point operations (10^12), and these a second as a share of `rate`.
+    """
+    batch = slice(options["batch_size"])
+    x, y, correct = workload.x[batch], workload.y[batch], workload.correct()[batch]
+    norm, model = NORMS[workload.norm], workload.model
+    # The search narrows its batch to the correct rows on the CPU only.
+    rows = correct.nonzero()[:, 0] if x.device.type == "cpu" else slice(None)
+
+    def forward() -> None:
+        with workload.autocast(), frozen(model), torch.no_grad():
+            model(x)
+
+    def input_gradient(rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
+        with workload.autocast(), frozen(model):
+            pixels = x[rows].requires_grad_(True)
+            value = soft_logit_margin(model(pixels), y[rows])
+            return value.detach(), torch.autograd.grad(value.sum(), pixels)[0].flatten(1)
+
+    value, grad = input_gradient(rows)
+    flat = x[rows].flatten(1)
+
+    graphs = CudaGraphs() if options["cuda_graphs"] else None
+
+    def search(name: str, graphs: CudaGraphs | None) -> None:
+        with workload.autocast():
+            find_boundary(model, x, y, norm=workload.norm, search=name, graphs=graphs)
+
+    def passes() -> None:
+        input_gradient()
+        for _ in range(SEARCHES["fast"][1]):
+            input_gradient(rows)
+
+    parts = {
+        "forward": forward,
+        "forward + input gradient": input_gradient,
+        "projection": lambda: norm.project(flat, grad, -value),
+        "its passes": passes,
+        "search": lambda: search("fast", graphs),
+        "search, fab": lambda: search("fab", None),
+    }
+    parts |= {name: training_step(workload, name, options) for name in STEPS}
+
+    taken: dict[str, list[float]] = {name: [] for name in parts}
+    for number in tqdm(range(-1, options["rounds"]), desc="rounds", leave=False):
+        for name, part in parts.items():
+            duration = seconds(part, x.device)
+            if number >= 0:
+                taken[name].append(duration)
+    figures: dict[str, dict[str, Any]] = {}
+    for name, durations in taken.items():
+        figures[name] = {"seconds": spread(durations)}
+        if name in BASES:
+            ratios = [a / b for a, b in zip(durations, taken[BASES[name]], strict=True)]
+            figures[name] |= {"of": BASES[name], "ratio": spread(ratios)}
+        if name in STEPS:
+            median = figures[name]["seconds"]["median"]
+            figures[name]["images_per_second"] = len(x) / median
+            figures[name]["tflops"] = count_flops(training_step(workload, name, options | {"cuda_graphs": False}))
+            figures[name]["of_bf16_rate"] = figures[name]["tflops"] / median / rate
+    return figures
+
+
+def count_flops(step: Callable[[], Any]) -> float:
+    """10^12 floating-point operations of the matrix products and convolutions in a call."""
+    with _FlopCounter() as counter, torch.compiler.set_stance("force_eager"):
+        step()
+    return counter.total / 1e12
+
+
+class _FlopCounter(TorchDispatchMode):
+    """PyTorch's FlopCounterMode without its record of modules, whose hooks fail where a gradient is of a leaf alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        return result
+
+
+def bf16_rate(device: torch.device) -> float:
+    """10^12 floating-point operations a second in bfloat16, by the product of two square matrices; the best of ten."""
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    times = [seconds(lambda: matrix @ matrix, device) for _ in range(11)]
+    return 2 * size**3 / min(times[1:]) / 1e12
+
+
+def seconds(part: Callable[[], Any], device: torch.device) -> float:
+    """How long a call takes, to its end on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    part()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles; of less than two values, the value itself."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": middle, "quartile_1": low, "quartile_3": high}
+
+
+def measure_memory(target: str | None, workload: Workload, options: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The most memory that each step takes at once, beyond model, optimizer and data, in MiB and of the clean step's.
+
+    `mib` is what PyTorch has allocated. On the CPU that is seen in the resident memory of a fresh process that gives
+    every large buffer pages of its own; `resident_mib` is that of a process as it comes, where the C library keeps what
+    was freed in pieces that the next step may not fit in. The latter differs from one process to the next.
+    """
+    peaks: dict[str, dict[str, float]] = {}
+    for name in ["clean step", "DyART step"] if options["smoke"] else STEPS:
+        if workload.x.device.type == "cuda":
+            peaks[name] = {"mib": peak_of(training_step(workload, name, options), workload.x.device, options)}
+        elif Path("/proc/self/clear_refs").exists():
+            job = (target, name, options)
+            peaks[name] = {"mib": in_process(job, pages_of_its_own=True), "resident_mib": in_process(job)}
+    clean = peaks.get("clean step", {})
+    return {
+        name: peak | {key.removesuffix("mib") + "of_clean": value / clean[key] for key, value in peak.items()}
+        for name, peak in peaks.items()
+    }
+
+
+def in_process(job: tuple[Any, ...], *, pages_of_its_own: bool = False) -> float:
+    """What `resident_of_step` measures in a process of its own."""
+    variable = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(variable)
+    try:
+        if pages_of_its_own:
+            os.environ[variable] = str(2**17)
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            return process.apply(resident_of_step, job)
+    finally:
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
+
+
+def peak_of(step: Callable[[], None], device: torch.device, options: dict[str, Any]) -> float:
+    """MiB that a step allocates at most beyond what was allocated before it; its first call is a warm-up.
+
+    What CUDA graphs hold counts as reserved only, so with them it is what is reserved, the warm-up included.
+    """
+    if options["cuda_graphs"]:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        step()
+        step()
+        return (torch.cuda.memory_reserved(device) - before) / 2**20
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def resident_of_step(target: str | None, name: str, options: dict[str, Any]) -> float:
+    """MiB by which the resident memory of this process rises while it takes its first step of full size."""
+    torch.set_num_threads(options["threads"])
+    workload = load_workload(target, options)
+    training_step(workload, name, options | {"batch_size": 2})()
+    step = training_step(workload, name, options)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    before = resident("VmRSS")
+    step()
+    return (resident("VmHWM") - before) / 1024
+
+
+def resident(field: str) -> int:
+    """A field of this process's memory status, in KiB."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])

@@ -1,0 +1,87 @@
+"""A checkpoint as what is analysed: its model, how it was trained, its folder's other figures. For analyze.py."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from analysis.statistics import interval_of
+from data import DEFAULT_DATA_DIR
+from evaluation.candidate import load_candidate
+from evaluation.results import Results
+from experiment.build import build_optimizer, stages_of
+from experiment.checkpoint import load_checkpoint
+from experiment.folder import Experiment
+from experiment.settings import check_stored, resolve
+from experiment.weights import MODEL_SETTINGS
+
+
+class Subject(NamedTuple):
+    """What is analysed: a model in eval mode, how it was or would be trained, and where it comes from."""
+
+    model: nn.Module
+    settings: dict[str, Any]
+    identity: dict[str, Any]
+    folder: Path | None
+    optimizer: torch.optim.Optimizer | None
+    clip_grad: float | None
+    checkpoint: Mapping[str, Any]
+
+
+def load_subject(args: Any, device: torch.device) -> Subject:
+    """The checkpoint that the flags name. Raises ValueError or OSError for one that cannot be used."""
+    target = Path(args.target)
+    folder = None if target.is_file() else Experiment.open(target).folder
+    path = target if folder is None else folder / ("latest.pt" if args.direction == "step" else args.checkpoint)
+    # The optimizer's state belongs to the weights that are trained, and not to their average.
+    weights = "raw" if args.direction == "step" else None
+    candidate = load_candidate(path, weights, vars(args))
+
+    state = candidate.checkpoint
+    settings = resolve({name: candidate.identity[name] for name in MODEL_SETTINGS})
+    if candidate.settings:
+        settings = check_stored(candidate.settings, path)
+    if args.attack_eps is not None:
+        settings = settings | {"attack_eps": args.attack_eps, "attack_step": args.attack_eps / 4}
+    if args.data_dir is not None or not Path(settings["data_dir"]).is_dir():
+        settings = settings | {"data_dir": args.data_dir or str(DEFAULT_DATA_DIR)}
+
+    model = candidate.model.to(device, memory_format=torch.channels_last).requires_grad_(True)
+    optimizer = clip_grad = None
+    if args.direction == "step":
+        if "optimizer" not in state:
+            raise ValueError(f"--direction step: {path} holds no state of an optimizer; a folder's latest.pt does")
+        stage = stages_of(settings)[state["progress"]["stage"]]
+        optimizer, clip_grad = build_optimizer(model, stage, settings), stage.clip_grad
+        optimizer.load_state_dict(state["optimizer"])
+    return Subject(model, settings, candidate.identity, folder, optimizer, clip_grad, state)
+
+
+def other_checkpoints(folder: Path, analysed: int) -> Iterator[tuple[int, str, dict[str, Tensor]]]:
+    """(epoch, name, averaged weights) of the folder's checkpoints, one an epoch, of other epochs than the analysed."""
+    epochs = {analysed}
+    for path in (folder / "burn_in.pt", folder / "best.pt", *sorted(folder.glob("epoch_*.pt"))):
+        if path.exists():
+            state = load_checkpoint(path)
+            if state["epoch"] not in epochs:
+                epochs.add(state["epoch"])
+                yield state["epoch"], path.name, state["average"]
+
+
+def epoch_of(state: Mapping[str, Any]) -> int:
+    """The epoch of a checkpoint to evaluate, or of one to resume from."""
+    return state["epoch"] if "epoch" in state else state["progress"]["epoch"]
+
+
+def autoattack_points(subject: Subject, norm: str) -> list[dict[str, float]]:
+    """Robust accuracy from the folder's autoattack.json, of the same weights under the same norm, by ε."""
+    points = []
+    for record in [] if subject.folder is None else Results(subject.folder / "autoattack").records:
+        same = all(record[key] == subject.identity[key] for key in ("sha256", "weights"))
+        if same and record["norm"] == norm:
+            share = record["robust_accuracy"]
+            low, high = interval_of(round(share * record["n"]), record["n"])
+            points.append({"eps": record["eps"], "share": share, "low": low, "high": high, "n": record["n"]})
+    return sorted(points, key=lambda point: point["eps"])
