@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import Loader, Split, to_input
 from dyart.attacks import pgd
-from dyart.averaging import WeightAverage
+from dyart.averaging import WeightAverage, statistics_momentum
 from dyart.dynamics import negative_speed_share
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
@@ -29,7 +29,7 @@ from dyart.modes import batch_norm_momentum, mixed_precision
 from experiment import flags
 from experiment.build import Data, build_model, build_optimizer, load_splits, loss_options, stages_of
 from experiment.folder import Experiment, Loaded
-from experiment.guards import Diverged, anomalies_detected, check_finite, skip_step
+from experiment.guards import Diverged, anomalies_detected, check_finite, finite_validation, skip_step
 from experiment.metrics import Meter, describe, peak_memory_mib
 from experiment.schedules import SCHEDULES
 from experiment.settings import default_name, parse, resolve
@@ -145,7 +145,8 @@ def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> Non
         while run.progress.epoch < run.stage.first + run.stage.epochs:
             try:
                 train_epoch(run, experiment, signals)
-                scores = validate(run.average.model, data.validation, settings, signals)
+                with finite_validation(run, experiment):
+                    scores = validate(run.average.model, data.validation, settings, signals)
                 scores |= track_dynamics(run, data.train)
             except Interrupted:
                 check_finite(run, experiment)
@@ -198,12 +199,18 @@ def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment) -> None:
         options["graphs"] = run.graphs
     if settings["channels_last"]:
         x = x.contiguous(memory_format=torch.channels_last)
-    # The first step that a run takes has the statistics of its batch as they are.
-    momentum = 1.0 if progress.total_steps == progress.bad_steps else None
+    first = progress.total_steps == progress.bad_steps
+
+    def momentum_of(usual: float) -> float:
+        # The first step that a run takes has the statistics of its batch as they are.
+        if first or settings["rules"] < 2:
+            return 1.0 if first else usual
+        return statistics_momentum(usual, stage.epochs * len(run.loader))
+
     running = [buffer.clone() for buffer in run.model.buffers()]
 
     run.optimizer.zero_grad()
-    with batch_norm_momentum(run.model, momentum), anomalies_detected(run):
+    with batch_norm_momentum(run.model, momentum_of), anomalies_detected(run):
         with mixed_precision(settings["amp"], device.type):
             loss, metrics = LOSSES[stage.method](run.model, x, y, **options)
         loss.backward()

@@ -18,6 +18,7 @@ from dyart.dynamics import Direction, boundary_speed, unit_direction, update_dir
 from dyart.margin import CORRECT_ABOVE, Boundary, find_boundary, soft_logit_margin
 from dyart.modes import mixed_precision
 from experiment.build import build_model, loss_options
+from models.outputs import check_finite_outputs
 from models.weights import load_weights
 
 # Correct examples for which a search finds no boundary point are searched again with so many times the iterations.
@@ -44,7 +45,9 @@ def choose_correct(model: nn.Module, split: Split, number: int, temperature: flo
     """The first `number` images on the right side of the boundary. Raises ValueError where there are fewer."""
     chosen, total = [], 0
     for index, (x, y) in enumerate(batches(split, size, model)):
-        correct = (soft_logit_margin(model(x), y, temperature) > CORRECT_ABOVE).cpu()
+        logits = model(x)
+        check_finite_outputs(logits, "training images")
+        correct = (soft_logit_margin(logits, y, temperature) > CORRECT_ABOVE).cpu()
         rows = index * size + correct.nonzero()[:, 0]
         chosen.append(rows)
         total += len(rows)
@@ -113,6 +116,7 @@ def measure(
     def find(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Boundary]:
         # A search puts its model into another state for a while, so each has its own.
         boundary = find(copy.deepcopy(model), *batch, search)
+        check_finite_outputs(boundary.value[:, None], desc)
         bar.update(len(boundary.margin))
         return *batch, boundary
 

@@ -16,6 +16,16 @@ def average_decay(step: int, warmup_steps: int, tau: float) -> float:
     return 0.0 if since <= 0 else min(tau, (1 + since) / (10 + since))
 
 
+def statistics_momentum(momentum: float, steps: int) -> float:
+    """Momentum of BatchNorm's running statistics in a training of so many steps, of which a layer asks for `momentum`.
+
+    At momentum m they look back some 1/m steps. In short trainings that would be to weights long left behind (after 60
+    steps at 0.01: 74 % accuracy in training, 20 % by the running statistics), so there they look back a tenth of the
+    training; from 10/m steps on it is m.
+    """
+    return max(momentum, min(0.5, 10 / steps))
+
+
 class WeightAverage:
     """average ← d · average + (1 − d) · weights after every optimizer step, with d = `average_decay`.
 

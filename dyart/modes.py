@@ -1,6 +1,6 @@
 """The state and the precision of a model while something is searched on it, and its exact return from there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
@@ -70,12 +70,14 @@ def frozen(model: nn.Module, *, batch_statistics: bool = False) -> Iterator[nn.M
 
 
 @contextmanager
-def batch_norm_momentum(model: nn.Module, momentum: float | None) -> Iterator[None]:
-    """Hold the momentum of every BatchNorm at a value; None leaves them as they are."""
-    layers = [] if momentum is None else [m for m in model.modules() if isinstance(m, _BatchNorm)]
+def batch_norm_momentum(model: nn.Module, momentum_of: Callable[[float], float]) -> Iterator[None]:
+    """Hold the momentum of every BatchNorm at what `momentum_of` makes of its own; None, a plain mean, stays."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
     usual = [layer.momentum for layer in layers]
     for layer in layers:
-        layer.momentum = momentum
-    yield
-    for layer, value in zip(layers, usual, strict=True):
-        layer.momentum = value
+        layer.momentum = momentum_of(layer.momentum)
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, usual, strict=True):
+            layer.momentum = value

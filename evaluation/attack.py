@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import DATASETS, Split, to_input
 from evaluation.environment import device_name, versions
+from models.outputs import finite_outputs
 from storage.files import FileError
 
 CUSTOM = ["apgd-ce", "apgd-t", "fab-t"]
@@ -66,7 +67,7 @@ def evaluate(
     """Attack the first images of `test`, going on where an interrupted evaluation stopped; returns the record.
 
     bar_position: on which line of the terminal the progress bar stands, where others stand too. Raises FileError where
-    what an interrupted evaluation left is damaged.
+    what an interrupted evaluation left is damaged, and ValueError where an output of the model is not finite.
     """
     n, batch_size, attacks = identity["n"], identity["batch_size"], VERSIONS[identity["version"]]
     name = f"{identity['checkpoint']} {identity['norm']} {identity['eps_text']}"
@@ -78,7 +79,8 @@ def evaluate(
     environment = {"device": device_name(device), "versions": versions()}
     record = _left_over(identity, environment, results, lambda message: log(f"{name}: {message}"))
     if record is None:
-        correct = torch.cat([_is_correct(model, *batch(rows)) for rows in torch.arange(n).split(batch_size)])
+        with finite_outputs(model, name):
+            correct = torch.cat([_is_correct(model, *batch(rows)) for rows in torch.arange(n).split(batch_size)])
         record = {**identity, "test_size": len(test.labels), "clean_accuracy": correct.sum().item() / n}
         record |= {"robust_accuracy_after": {}, "seconds": {}, "warnings": [], **environment}
         record |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_progress(correct)}
@@ -104,6 +106,7 @@ def evaluate(
         with (
             _bar(f"{name} {attack}", batches, record["batches"], model, bar_position) as bar,
             _warnings(record, attacker.logger, log),
+            finite_outputs(model, name),
         ):
             for rows in batches[record["batches"] :]:
                 bar.set_postfix_str(f"robust {(robust.sum().item() - len(record['broken'])) / n:.2%}")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from experiment.folder import Experiment
 from experiment.state import Run
+from models.outputs import finite_outputs
 
 # A run stops at this many steps in a row whose loss or gradient is not finite.
 MAX_BAD_STEPS = 10
@@ -40,6 +41,17 @@ def check_finite(run: Run, experiment: Experiment) -> None:
     if bad:
         where = f"epoch {run.progress.epoch + 1}, batch {run.progress.step}"
         raise Diverged(f"{bad[0]} is not finite ({where}); {last_good(experiment)}")
+
+
+@contextmanager
+def finite_validation(run: Run, experiment: Experiment) -> Iterator[None]:
+    """Raise Diverged where the averaged model has outputs that are not finite, of which no accuracy can be told."""
+    where = f"validation of epoch {run.progress.epoch + 1}"
+    try:
+        with finite_outputs(run.average.model, where):
+            yield
+    except ValueError as error:
+        raise Diverged(f"{error}; {last_good(experiment)}") from None
 
 
 @contextmanager

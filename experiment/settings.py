@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,8 @@ from experiment.flags import add_switch, number, optional, whole
 from experiment.schedules import SCHEDULES
 from models import create_model
 from storage.files import FileError
+
+logger = logging.getLogger(__name__)
 
 # --- Recipes (Xu et al., 2023, section 5 and appendix): what a flag leaves open is taken from here -------------------
 
@@ -246,7 +249,15 @@ def parse(argv: list[str] | None) -> dict[str, Any]:
     parser, left_out = build_parser(), object()
     namespace = argparse.Namespace(**{action.dest: left_out for action in parser._actions})
     given = vars(parser.parse_args(argv, namespace))
-    return translate({name: value for name, value in given.items() if value is not left_out})
+    given = translate({name: value for name, value in given.items() if value is not left_out})
+    if given.get("normalize") is False and not {"mean", "std"} & given.keys():
+        dataset = given.get("dataset", parser.get_default("dataset"))
+        if given.get("model", RECIPES[dataset]["model"]).endswith("-swish"):
+            # The released scripts give this flag to Swish models, and theirs normalize all the same.
+            del given["normalize"]
+            instead = "for one that does not: --mean 0,0,0 --std 1,1,1"
+            logger.warning("--normalize false: Swish models normalize, as in the released code; %s", instead)
+    return given
 
 
 def translate(given: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +318,8 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
         if given.get("burn_in_epochs"):
             raise ValueError(f"--burn-in-epochs {given['burn_in_epochs']}: --pretrained takes the place of a burn-in")
         values["burn_in_epochs"] = 0
+    if values["pretrained"] is None and values["pretrained_weights"] is not None:
+        raise ValueError(f"--weights (--pretrained-weights) {values['pretrained_weights']}: needs --pretrained FILE")
     if method == "clean" and values["burn_in_epochs"]:
         raise ValueError(f"--burn-in-epochs {values['burn_in_epochs']}: clean training is the burn-in; use --epochs")
     if method in ("trades", "mart") and values["beta"] <= 0:

@@ -69,18 +69,24 @@ def choose_weights(checkpoint: dict[str, Any], path: Path, wanted: str | None = 
     kinds = {key: _kind(key, sets) for key in sets}
     if wanted in sets:
         return Weights(kinds[wanted], wanted, sets[wanted], settings, checkpoint)
-    if not sets and wanted is None:
-        return Weights("only", "", checkpoint, settings, checkpoint)
     averages = [key for key in sets if kinds[key] == "average"]
-    keys = [key for key in sets if kinds[key] == wanted] if wanted is not None else averages or list(sets)
-    if len(keys) != 1:
-        held = " and ".join(f"{key} ({kinds[key]})" for key in sets) or "a single set of weights"
-        which = f"--weights {wanted}: " if wanted is not None else ""
-        problem = "has more than one that could be meant" if keys else "has none"
-        raise ValueError(f"{which}{path} {problem}: it holds {held}; choose with --weights NAME")
-    (key,) = keys
-    kind = "only" if len(sets) == 1 and wanted is None and kinds[key] == "raw" else kinds[key]
-    return Weights(kind, key, sets[key], settings, checkpoint)
+    if wanted in (None, "average") and not averages:
+        if not sets and all(isinstance(value, Tensor) for value in checkpoint.values()):
+            return Weights("only", "", checkpoint, settings, checkpoint)
+        if len(sets) == 1 and (wanted is None or "unaveraged" not in next(iter(sets))):
+            ((key, state_dict),) = sets.items()
+            return Weights("only", key, state_dict, settings, checkpoint)
+    keys = [key for key in sets if kinds[key] == "raw"] if wanted == "raw" else []
+    keys = averages if wanted in (None, "average") else keys
+    if len(keys) == 1:
+        return Weights(kinds[keys[0]], keys[0], sets[keys[0]], settings, checkpoint)
+    asked = "" if wanted is None else f"--weights {wanted}: "
+    if not sets:
+        held = ", ".join(map(str, list(checkpoint)[:10])) or "nothing"
+        raise ValueError(f"{asked}{path} holds no set of weights (names to tensors) but {held}")
+    held = ", ".join(f"{key} ({kinds[key]})" for key in sets)
+    problem = "more than one could be meant" if keys or wanted is None else "not there"
+    raise ValueError(f"{asked}{path} holds {held}: {problem}; name one with --weights")
 
 
 def _weights_in(value: Any) -> Mapping[str, Tensor] | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dyart.averaging import WeightAverage, average_decay
+from dyart.averaging import WeightAverage, average_decay, statistics_momentum
 
 
 def network():
@@ -74,3 +74,11 @@ def test_average_is_an_eval_copy_apart_from_the_model():
 def test_tau_out_of_range_is_named(tau):
     with pytest.raises(ValueError, match=rf"tau must lie in \[0, 1\), got {tau}"):
         WeightAverage(network(), tau=tau)
+
+
+@pytest.mark.parametrize(
+    ("usual", "steps", "expected"),
+    [(0.01, 10_000, 0.01), (0.01, 1000, 0.01), (0.01, 200, 0.05), (0.1, 200, 0.1), (0.1, 40, 0.25), (0.01, 3, 0.5)],
+)
+def test_statistics_look_back_a_tenth_of_a_short_training(usual, steps, expected):
+    assert statistics_momentum(usual, steps) == pytest.approx(expected)

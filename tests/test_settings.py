@@ -24,9 +24,12 @@ CIFAR10 = {
     "data_dir": str(ROOT / "data"),
     "model": "wrn-28-10-swish",
     "group_norm": False,
-    "normalize": False,
+    "normalize": True,
+    "mean": [0.4914, 0.4822, 0.4465],
+    "std": [0.2471, 0.2435, 0.2616],
     "method": "dyart",
     "pretrained": None,
+    "pretrained_weights": None,
     "burn_in_epochs": 10,
     "burn_in_lr": 0.1,
     "burn_in_batch_size": 256,
@@ -71,8 +74,10 @@ CIFAR10 = {
     "compile": False,
     "cuda_graphs": False,
     "detect_anomaly": False,
+    "rules": 2,
 }
 TINY = {"dataset": "tiny-imagenet", "model": "preact-resnet18", "burn_in_epochs": 20, "epochs": 100}
+TINY |= {"normalize": False, "mean": None, "std": None}
 TINY |= {"r0": 32 / 255, "alpha": 5.0, "lambda_robust": 500.0, "clip_grad": 1.0}
 GENERATED = {"aux_data_filename": "/x/1m.npz", "epochs": 800, "batch_size": 512, "lambda_robust": 800.0}
 GROUP_NORM = {"group_norm": True, "scheduler": "step", "epochs": 100, "alpha": 8.0, "lambda_robust": 400.0}
@@ -86,7 +91,11 @@ OURS = {
     "": {},
     "--aux-data-filename /x/1m.npz": GENERATED,
     "--group-norm": GROUP_NORM,
-    "--dataset cifar100": {"dataset": "cifar100"},
+    "--dataset cifar100": {"dataset": "cifar100", "mean": [0.5071, 0.4865, 0.4409], "std": [0.2673, 0.2564, 0.2762]},
+    "--model wrn-28-10": {"model": "wrn-28-10", "normalize": False, "mean": None, "std": None},
+    "--model wrn-28-10 --normalize": {"model": "wrn-28-10"},
+    "--model wrn-28-10 --std 0.2023,0.1994,0.201": {"model": "wrn-28-10", "std": [0.2023, 0.1994, 0.2010]},
+    "--mean 0,0,0 --std 1,1,1": {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
     "--dataset tiny-imagenet": TINY,
     "--dataset tiny-imagenet --group-norm": TINY | TINY_GROUP_NORM,
     "--method clean": BURN_IN,
@@ -258,7 +267,12 @@ BAD = {
     "name": [("a/b", "--output-dir"), ("..", "--output-dir")],
     "name-extra": [("/a", "--output-dir")],
     "fname_extra": [("/a", "--output-dir")],
+    "mean": [(text, "three numbers with commas") for text in ("1,2", "1,2,3,4", "a,b,c", "nan,0,0", "")],
+    "std": [("0.2", "three numbers with commas")],
+    "rules": [("0", "at least 1"), ("3", "at most 2")],
     "pretrained": [("missing.pt", "no such file or folder")],
+    "pretrained-weights": [("ema", "--pretrained FILE")],
+    "weights": [("ema", "--pretrained FILE")],
     "aux-data-filename": [("missing.npz", "no such file")],
     "output-dir": [("/dev/null/x", "cannot write")],
     "resume": [("missing", "no such experiment folder")],

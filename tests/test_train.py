@@ -188,11 +188,12 @@ def test_pretrained_weights_are_where_training_starts(
     assert not differences(seen[0][2], averaged)
 
 
+@pytest.mark.parametrize(("rules", "momentum"), [("1", 0.01), ("2", 0.5)])
 def test_only_the_first_step_of_a_run_takes_over_the_statistics_of_its_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rules: str, momentum: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = watch(monkeypatch, "clean")
-    assert run_training(*tiny(tmp_path, "--method", "clean", "--epochs", "1")) == 0
+    assert run_training(*tiny(tmp_path, "--method", "clean", "--epochs", "1", "--rules", rules)) == 0
     expected = None
     for (model, x, weights), (*_, after) in zip(seen, seen[1:], strict=False):
         model.load_state_dict(weights)
@@ -201,9 +202,20 @@ def test_only_the_first_step_of_a_run_takes_over_the_statistics_of_its_batch(
         model.eval()(x)
         handle.remove()
         mean = inputs[0].mean((0, 2, 3))
-        expected = mean if expected is None else 0.99 * expected + 0.01 * mean
+        expected = mean if expected is None else (1 - momentum) * expected + momentum * mean
         name = next(name for name, module in model.named_modules() if module is first)
         torch.testing.assert_close(after[f"{name}.running_mean"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_running_statistics_of_a_short_run_keep_up(tmp_path: Path) -> None:
+    """By the rules of before they are those of the first steps, and so is what validation sees."""
+    flags = "--dataset digits --model wrn-10-1-swish --device cpu --method clean --epochs 3 --batch-size 64"
+    flags += f" --validation-attack-iter 1 --output-dir {tmp_path}"
+    for rules in (1, 2):
+        assert run_training(*flags.split(), "--name", str(rules), "--rules", str(rules)) == 0
+    before, now = (Experiment.open(tmp_path / str(rules)).read_metrics()[-1] for rules in (1, 2))
+    assert before["clean_accuracy"] == now["clean_accuracy"] > 0.7
+    assert before["val_clean"] < 0.35 and now["val_clean"] > 0.6
 
 
 @pytest.mark.parametrize("group_norm", [False, True])
