@@ -25,7 +25,7 @@ from analysis.toy import draw_toy
 from data import Split, load_data
 from dyart.losses import LOSSES
 from dyart.margin import SEARCHES
-from dyart.modes import PRECISIONS
+from dyart.modes import PRECISIONS, has_fast_bfloat16
 from evaluation.environment import versions
 from experiment import flags
 from experiment.build import load_splits
@@ -50,7 +50,7 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--direction", choices=["gradient", "step"], default="gradient", help="step: of latest.pt's optimizer"
     )
-    amp = "bfloat16, in the updates only (searches; with --direction step, the run's)"
+    amp = "bfloat16, in the updates only (searches where it is quick, else none; with --direction step, the run's)"
     g.add_argument("--amp", choices=PRECISIONS, default=None, help=amp)
     steps = SEARCHES["fast"][1]
     g.add_argument("--search-steps", type=flags.whole(least=1), default=steps, help="iterations for boundary points")
@@ -102,7 +102,8 @@ def analyze(args: Any) -> dict[str, Any]:
     search = exact if args.boundary == "exact" else soft
 
     examples = choose_correct(model, train, args.examples, search.temperature, args.batch_size)
-    amp = args.amp or (settings["amp"] if args.direction == "step" else "searches")
+    usual = "searches" if has_fast_bfloat16(device) else "none"
+    amp = args.amp or (settings["amp"] if args.direction == "step" else usual)
     along = directions(subject, args.methods, examples, args.batch_size, amp)
     measured = measure(model, examples, search, along, "speeds on train")
     found = np.isfinite(measured["margin"])
@@ -137,7 +138,7 @@ def analyze(args: Any) -> dict[str, Any]:
         write_csv(output / "margins_over_time.csv", over_time)
     figures.margins(output / "margins.png", samples, over_time, norm)
 
-    attacks = autoattack_points(subject, norm)
+    attacks = autoattack_points(subject.folder, subject.identity, norm)
     radii = np.linspace(0, max([2 * below, *(attack["eps"] for attack in attacks)]), 65).tolist()
     rows = robust_shares(on_test["exact"], on_test["soft"], radii)
     write_csv(output / "robustness.csv", rows)

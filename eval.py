@@ -10,18 +10,26 @@ autoattack.unfinished.json: the same command goes on from there, to the same fig
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
 
+from data import Split, digest
+from dyart.projection import NORMS
 from evaluation.attack import VERSIONS
-from evaluation.candidate import load_candidate, load_test
+from evaluation.candidate import leading, load_candidate, load_test
 from evaluation.environment import make_reproducible
 from evaluation.jobs import Task, evaluate_all
 from evaluation.place import open_place
+from evaluation.results import images_of
 from experiment import flags
+from experiment.folder import Experiment
 from experiment.weights import WEIGHTS_HELP, add_model_flags
+
+# The radii of the paper's evaluation (for L2, where it has none, those in use), and the one of leaderboards.
+PAPER = {"Linf": ["2", "4", "8", "12", "16"], "L2": ["0.25", "0.5", "0.75", "1"]}
+USUAL = {"Linf": "8", "L2": "0.5"}
 
 # --- Flags: after a clear name stands the released code's spelling of the same ----------------------------------------
 
@@ -40,8 +48,9 @@ def build_parser() -> flags.Parser:
     g.add_argument("--data-dir", default=None, help="where prepared datasets lie (where training took them from)")
 
     g = p.add_argument_group("the attack")
-    g.add_argument("--eps", "--eps_eval", nargs="+", default=["8"], help="in 1/255 for Linf, as it is for L2; or a/b")
-    g.add_argument("--norm", "--norm_attack", choices=["Linf", "L2"], default="Linf", help="of the perturbation")
+    eps = "for Linf 8 or 8/255, for L2 0.5; or paper: 2 4 8 12 16, for L2 0.25 0.5 0.75 1 (8, for L2 0.5)"
+    g.add_argument("--eps", "--eps_eval", nargs="+", default=None, help=eps)
+    g.add_argument("--norm", "--norm_attack", choices=list(NORMS), default=None, help="of the perturbation (the run's)")
     g.add_argument("--version", "-v", choices=list(VERSIONS), default="standard", help="custom leaves Square out")
     g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
@@ -54,33 +63,19 @@ def build_parser() -> flags.Parser:
     return p
 
 
-class Radius(NamedTuple):
-    """A perturbation's radius ε: its value in units of pixels in [0,1], and how it is written."""
+def radii(texts: list[str] | None, norm: str) -> list[flags.Length]:
+    """The radii that --eps asks for, or where it is left out the usual one of the norm."""
+    texts = texts or [USUAL[norm]]
+    texts = [radius for text in texts for radius in (PAPER[norm] if text == "paper" else [text])]
+    lengths = [flags.length(text, norm, "--eps") for text in texts]
+    if zero := next((radius for radius in lengths if radius.value == 0), None):
+        raise ValueError(f"--eps: {zero.text!r} is not a number above 0, or a fraction like 8/255")
+    return list(dict.fromkeys(lengths))
 
-    eps: float
-    text: str
 
-
-def parse_eps(text: str, norm: str) -> Radius:
-    """ε from a flag: for Linf a number in 1/255 ("8") or a fraction ("8/255"), for L2 the value itself.
-
-    Raises ValueError for what is no number, ε <= 0, and for Linf above 1 or so small that 1/255 cannot be meant.
-    """
-    try:
-        value = flags.number(above=0)(text)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--eps: {error}, or a fraction like 8/255") from None
-    if norm == "L2":
-        return Radius(value, f"{value:g}")
-    if "/" not in text:
-        if value < 0.1:
-            raise ValueError(
-                f"--eps {text}: for Linf this means {text}/255; if it is a share of 1, write {255 * value:g}"
-            )
-        value /= 255
-    if value > 1:
-        raise ValueError(f"--eps {text}: for Linf at most 255, which means 255/255, is accepted")
-    return Radius(value, f"{255 * value:g}/255")
+def norm_of(settings: Mapping[str, Any]) -> str:
+    """The norm that a run was trained in; the usual one for others' files."""
+    return settings["norm"] if settings.get("norm") in NORMS else "Linf"
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -93,11 +88,12 @@ def main(argv: list[str] | None = None) -> int:
     targets = [text for text in (args.pop("target_flag"), args.pop("target")) if text is not None]
     if len(targets) != 1:
         parser.error("expected one FOLDER or FILE, before the flags that take several values")
-    radii = list(dict.fromkeys(parse_eps(text, args["norm"]) for text in args["eps"]))
     again = args.pop("again")
     if args.pop("dry_run"):
-        texts = [radius.text for radius in radii]
-        settings = {"target": targets[0], **args, "eps": texts, "attacks": VERSIONS[args["version"]]}
+        is_folder = (Path(targets[0]) / "args.yaml").exists()
+        norm = args["norm"] or norm_of(Experiment.open(targets[0]).settings if is_folder else {})
+        texts = [radius.text for radius in radii(args["eps"], norm)]
+        settings = {"target": targets[0], **args, "norm": norm, "eps": texts, "attacks": VERSIONS[args["version"]]}
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
 
@@ -111,10 +107,15 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--n {args['n']}: the test set has {len(test.labels)} images")
         tasks = []
         for candidate, test in zip(candidates, tests, strict=True):
-            for eps, text in radii:
-                attack = {"norm": args["norm"], "eps": eps, "eps_text": text, "version": args["version"]}
-                attack |= {"n": args["n"] or len(test.labels), "seed": args["seed"]}
-                identity = {**candidate.identity, **attack, "batch_size": args["batch_size"]}
+            norm, trained_in = args["norm"] or norm_of(candidate.settings), norm_of(candidate.settings)
+            if norm != trained_in:
+                log(f"{candidate.identity['checkpoint']}: trained in {trained_in}, attacked in {norm} (--norm)")
+            n = args["n"] or len(test.labels)
+            test, images = leading(test, n)
+            what = {"n": n, "images": images, "test_sha256": digest(Split(test.images[:n], test.labels[:n]))}
+            for eps, text in radii(args["eps"], norm):
+                attack = {"norm": norm, "eps": eps, "eps_text": text, "version": args["version"], "seed": args["seed"]}
+                identity = {**candidate.identity, **what, **attack, "batch_size": args["batch_size"]}
                 known = None if again else results.finished(identity)
                 if known is None:
                     tasks.append(Task(candidate.model, test, identity))
@@ -133,8 +134,8 @@ def main(argv: list[str] | None = None) -> int:
 def summary(record: Mapping[str, Any]) -> str:
     """A finished record in one line."""
     return (
-        f"{record['checkpoint']} ({record['weights']} weights), {record['norm']} {record['eps_text']}, first "
-        f"{record['n']} of {record['test_size']} test images: clean {record['clean_accuracy']:.2%}, "
+        f"{record['checkpoint']} ({record['weights']} weights), {record['norm']} {record['eps_text']}, "
+        f"{images_of(record)} test images: clean {record['clean_accuracy']:.2%}, "
         f"AutoAttack {record['version']} {record['robust_accuracy']:.2%}"
     )
 

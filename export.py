@@ -18,7 +18,7 @@ import torch
 
 from data import DATASETS
 from evaluation.candidate import load_candidate
-from evaluation.results import Results
+from evaluation.results import Results, images_of
 from experiment import flags
 from experiment.folder import Experiment
 from experiment.settings import PLACE, check_stored, resolve
@@ -92,10 +92,8 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
     if mine:
         lines += ["", "| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"]
     for record in mine:
-        n, total = record["n"], record["test_size"]
-        images = f"all {n}" if n == total else f"first {n} of {total}"
         lines += [
-            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {images} "
+            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {images_of(record)} "
             f"| {record['clean_accuracy']:.2%} | {record['robust_accuracy']:.2%} |"
         ]
     for record in full:

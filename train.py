@@ -27,7 +27,7 @@ from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.modes import batch_norm_momentum, mixed_precision
 from experiment import flags
-from experiment.build import Data, build_model, build_optimizer, load_splits, loss_options, stages_of
+from experiment.build import Data, build_model, build_optimizer, load_splits, loss_options, sample, stages_of
 from experiment.folder import Experiment, Loaded
 from experiment.guards import Diverged, anomalies_detected, check_finite, finite_validation, skip_step
 from experiment.metrics import Meter, describe, peak_memory_mib
@@ -269,14 +269,14 @@ def validate(model: nn.Module, split: Split, settings: dict[str, Any], signals: 
 def track_dynamics(run: Run, split: Split) -> dict[str, float | None]:
     """The share of negative speeds below 8/255, in the epochs that --track-dynamics asks for.
 
-    Of the boundary of the trained model as it is, along minus the gradient of the stage's loss on a fixed batch, the
-    first training images as they are.
+    Of the boundary of the trained model as it is, along minus the gradient of the stage's loss on a fixed batch of
+    training images as they are.
     """
     every, method = run.settings["track_dynamics"], run.stage.method
     if not every or (run.progress.epoch + 1) % every:
         return {}
-    rows, device = slice(run.stage.batch_size), run.loader.device
-    x, y = to_input(split.images[rows]).to(device), split.labels[rows].to(device)
+    device, batch = run.loader.device, sample(split, run.stage.batch_size, run.settings)
+    x, y = to_input(batch.images).to(device), batch.labels.to(device)
     share = negative_speed_share(
         run.model, x, y, method, norm=run.settings["norm"], options=loss_options(run.settings, method)
     )

@@ -220,10 +220,19 @@ class _FlopCounter(TorchDispatchMode):
 
 
 def bf16_rate(device: torch.device) -> float:
-    """10^12 floating-point operations a second in bfloat16, by the product of two square matrices; the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    times = [seconds(lambda: matrix @ matrix, device) for _ in range(11)]
+    """10^12 floating-point operations a second in bfloat16, by the product of two square matrices; the best of ten.
+
+    The matrices are as large as such a machine needs to be at its best, or as take it a tenth of a second: without
+    instructions for bfloat16 a CPU is a hundred times slower.
+    """
+    size, largest = 256, 8192 if device.type == "cuda" else 2048
+    while True:
+        matrix = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+        times = [seconds(lambda matrix=matrix: matrix @ matrix, device) for _ in range(2)]
+        if size == largest or times[1] > 0.1:
+            break
+        size *= 2
+    times += [seconds(lambda: matrix @ matrix, device) for _ in range(9)]
     return 2 * size**3 / min(times[1:]) / 1e12
 
 

@@ -113,7 +113,7 @@ def measure(
     columns: dict[str, list[Tensor]] = {name: [] for name in ("margin", *along)}
     bar = tqdm(total=len(examples.labels), desc=desc, unit="image", leave=False)
 
-    def find(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Boundary]:
+    def find_those_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Boundary]:
         # A search puts its model into another state for a while, so each has its own.
         boundary = find(copy.deepcopy(model), *batch, search)
         check_finite_outputs(boundary.value[:, None], desc)
@@ -124,7 +124,7 @@ def measure(
     size = min(search.batch_size, math.ceil(len(examples.labels) / workers(device)))
     with bar:
         # All are found before the first speed is taken, which puts other weights into the model for a while.
-        found = list(in_parallel(find, batches(examples, size, model), device))
+        found = list(in_parallel(find_those_of, batches(examples, size, model), device))
         for x, y, boundary in found:
             beyond = torch.where(boundary.value > CORRECT_ABOVE, math.inf, 0.0)  # there, Φ is that of x itself
             columns["margin"].append(torch.where(boundary.found, boundary.margin, beyond))

@@ -75,11 +75,11 @@ def epoch_of(state: Mapping[str, Any]) -> int:
     return state["epoch"] if "epoch" in state else state["progress"]["epoch"]
 
 
-def autoattack_points(subject: Subject, norm: str) -> list[dict[str, float]]:
+def autoattack_points(folder: Path | None, identity: Mapping[str, Any], norm: str) -> list[dict[str, float]]:
     """Robust accuracy from the folder's autoattack.json, of the same weights under the same norm, by ε."""
     points = []
-    for record in [] if subject.folder is None else Results(subject.folder / "autoattack").records:
-        same = all(record[key] == subject.identity[key] for key in ("sha256", "weights"))
+    for record in [] if folder is None else Results(folder / "autoattack").records:
+        same = all(record[key] == identity[key] for key in ("sha256", "weights"))
         if same and record["norm"] == norm:
             share = record["robust_accuracy"]
             low, high = interval_of(round(share * record["n"]), record["n"])

@@ -9,9 +9,9 @@ import torch
 
 from data.cifar import load_cifar10, load_cifar100
 from data.digits import load_digits
-from data.files import Split
+from data.files import Split, digest
 from data.generated import Auxiliary, load_auxiliary
-from data.loader import Loader, balanced_subset, random_generator, to_input
+from data.loader import Loader, balanced_subset, first_examples, is_sorted, random_generator, to_input
 from data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
@@ -22,7 +22,10 @@ __all__ = [
     "Loader",
     "Split",
     "balanced_subset",
+    "digest",
+    "first_examples",
     "hold_out",
+    "is_sorted",
     "load_auxiliary",
     "load_data",
     "to_input",

@@ -4,6 +4,7 @@ Written atomically, by one process at a time; read without trusting anything tha
 """
 
 import errno
+import hashlib
 import io
 import logging
 import math
@@ -33,6 +34,14 @@ class Split(NamedTuple):
 
     images: torch.Tensor
     labels: torch.Tensor
+
+
+def digest(split: Split) -> str:
+    """SHA-256 of a split's images and labels, which tells whether two are the same data."""
+    content = hashlib.sha256(f"{tuple(split.images.shape)}".encode())
+    content.update(split.images.contiguous().numpy())
+    content.update(split.labels.contiguous().numpy().astype("<i8"))
+    return content.hexdigest()
 
 
 class DataFileError(FileError):

@@ -117,6 +117,20 @@ class Loader:
         return to_input(images), labels
 
 
+def first_examples(split: Split, n: int, seed: int) -> Split:
+    """The first n examples or, where a split is sorted by class, a seeded class-balanced choice of n, in their order.
+
+    Raises ValueError if n is not between 1 and the size of the split.
+    """
+    return balanced_subset(split, n, seed) if is_sorted(split) else Split(split.images[:n], split.labels[:n])
+
+
+def is_sorted(split: Split) -> bool:
+    """Whether the examples of each class lie together, so that the first ones are of a few classes only."""
+    changes = (split.labels[1:] != split.labels[:-1]).sum().item()
+    return changes < 2 * len(split.labels.unique())
+
+
 def balanced_subset(split: Split, n: int, seed: int) -> Split:
     """Return n examples, as equally spread over the classes as the split allows, in the order they had.
 

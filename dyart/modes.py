@@ -14,6 +14,13 @@ PRECISIONS = ("none", "searches", "bf16")
 _SEARCHES_ON: ContextVar[str | None] = ContextVar("searches_on", default=None)
 
 
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 by instructions of its own; elsewhere it is several times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+
+
 @contextmanager
 def mixed_precision(amp: str, device_type: str) -> Iterator[None]:
     """Autocast to bfloat16: nothing ("none"), all ("bf16"), or all that happens to a `frozen` model ("searches").

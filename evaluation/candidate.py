@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from data import DEFAULT_DATA_DIR, Split, load_data
+from data import DEFAULT_DATA_DIR, Split, balanced_subset, is_sorted, load_data
 from experiment.build import build_model
 from experiment.weights import model_settings, read_weights
 from models.weights import load_weights
@@ -53,6 +54,21 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             content.update(block)
     return content.hexdigest()
+
+
+def leading(test: Split, n: int) -> tuple[Split, str]:
+    """A test set whose first n images are those to evaluate on, and which these are: "first", or "balanced".
+
+    As papers mean it they are the first ones. Where the set is sorted by class, they are a class-balanced choice,
+    always the same.
+    """
+    if n >= len(test.labels) or not is_sorted(test):
+        return test, "first"
+    rows = torch.arange(len(test.labels))
+    chosen = balanced_subset(Split(rows, test.labels), n, seed=0).images
+    is_chosen = torch.zeros(len(rows), dtype=torch.bool).index_fill_(0, chosen, True)
+    order = torch.cat([chosen, rows[~is_chosen]])
+    return Split(test.images[order], test.labels[order]), "balanced"
 
 
 def load_test(candidate: Candidate, data_dir: str | None) -> Split:

@@ -12,11 +12,30 @@ from storage.files import FileError, read_json, write_json
 
 IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
 IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
+IDENTITY += ["weights_key", "images", "test_sha256"]
+# What records of earlier versions lack, with what they were; None where that is not known, and anything matches.
+LATER = {"mean": None, "std": None, "weights_key": None, "images": "first", "test_sha256": None}
 
 
-def identity_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a record that say what was evaluated, and how; all others are what came out."""
-    return {name: record[name] for name in IDENTITY}
+def same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records are of the same evaluation: the same weights, images and attack."""
+    # Before mean and std were kept, the Swish models normalized whatever the record says.
+    unknown = set() if "mean" in one and "mean" in other else {"normalize"}
+    for name in IDENTITY:
+        values = [record.get(name, LATER.get(name)) for record in (one, other)]
+        known = name not in unknown and not (name in LATER and None in values)
+        if known and values[0] != values[1]:
+            return False
+    return True
+
+
+def images_of(record: Mapping[str, Any]) -> str:
+    """Which test images a record is of, in words."""
+    n, total = record["n"], record["test_size"]
+    if n == total:
+        return f"all {n}"
+    balanced = record.get("images") == "balanced"
+    return f"{n} class-balanced ones of {total}" if balanced else f"first {n} of {total}"
 
 
 class Results:
@@ -32,15 +51,18 @@ class Results:
         self.records = self._read(self.path, ["test_size", "clean_accuracy", "robust_accuracy", "date"])
         unfinished = self._read(self.unfinished_path, ["date"])
         # A crash between the writing of a record and the removal of its progress leaves both.
-        finished = [(identity_of(record), record["date"]) for record in self.records]
-        self._unfinished = [record for record in unfinished if (identity_of(record), record["date"]) not in finished]
+        self._unfinished = [
+            record
+            for record in unfinished
+            if not any(same_identity(record, other) and record["date"] == other["date"] for other in self.records)
+        ]
 
     @staticmethod
     def _read(path: Path, needed: list[str]) -> list[dict[str, Any]]:
         records = read_json(path) if path.exists() else []
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise FileError(f"{path}: not a list of records")
-        for name in [*IDENTITY, *needed]:
+        for name in [*(name for name in IDENTITY if name not in LATER), *needed]:
             if not all(name in record for record in records):
                 raise FileError(f"{path}: a record without {name!r}; move the file away to start a new one")
             if name.endswith("_accuracy") and not all(isinstance(record[name], int | float) for record in records):
@@ -49,28 +71,28 @@ class Results:
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The finished record of `identity`, or None."""
-        return next((record for record in self.records if identity_of(record) == identity), None)
+        return next((record for record in self.records if same_identity(record, identity)), None)
 
     def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The record of `identity` as an interrupted evaluation left it, or None."""
-        return next((record for record in self._unfinished if identity_of(record) == identity), None)
+        return next((record for record in self._unfinished if same_identity(record, identity)), None)
 
     def save(self, record: dict[str, Any]) -> None:
         """Keep an unfinished record."""
 
         def is_current(other: dict[str, Any]) -> bool:
             replaced = other["checkpoint"] == record["checkpoint"] and other["sha256"] != record["sha256"]
-            return not replaced and identity_of(other) != identity_of(record)
+            return not replaced and not same_identity(other, record)
 
         self._unfinished = [*filter(is_current, self._unfinished), record]
         write_json(self.unfinished_path, self._unfinished)
 
     def finish(self, record: dict[str, Any]) -> None:
         """Add a finished record, in the place of an earlier one of the same identity."""
-        others = [other for other in self.records if identity_of(other) != identity_of(record)]
+        others = [other for other in self.records if not same_identity(other, record)]
         write_json(self.path, [*others, record])
         self.records = [*others, record]
-        self._unfinished = [other for other in self._unfinished if identity_of(other) != identity_of(record)]
+        self._unfinished = [other for other in self._unfinished if not same_identity(other, record)]
         if self._unfinished:
             write_json(self.unfinished_path, self._unfinished)
         else:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
-from data import DATASETS, Split, balanced_subset, hold_out, load_auxiliary, load_data
+from data import DATASETS, Split, balanced_subset, first_examples, hold_out, load_auxiliary, load_data
 from models import create_model
 from models.wide_resnet import WideResNet
 
@@ -66,7 +66,17 @@ def load_splits(settings: dict[str, Any]) -> Data:
         # The held-out images count for the length of an epoch, as in the paper.
         steps = math.ceil(epoch_size / settings["batch_size"])
         generated = {"auxiliary": auxiliary, "auxiliary_fraction": settings["unsup_fraction"], "steps_per_epoch": steps}
-    return Data(train, Split(validation.images[:size], validation.labels[:size]), generated)
+    return Data(train, validation if size is None else sample(validation, size, settings), generated)
+
+
+def sample(split: Split, n: int, settings: dict[str, Any]) -> Split:
+    """At most n examples to judge a run by: the first ones, class-balanced ones where the split is sorted by class.
+
+    (By rules 1 the first ones in any case, of a few classes only.)
+    """
+    if settings["rules"] < 2 or n >= len(split.labels):
+        return Split(split.images[:n], split.labels[:n])
+    return first_examples(split, n, settings["seed"])
 
 
 def build_model(settings: dict[str, Any]) -> nn.Module:

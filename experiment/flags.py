@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -39,6 +39,47 @@ def boolean(text: str) -> bool:
 def number(*, above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
     """The type of a flag that takes a number, or a fraction like 8/255, within bounds."""
     return _within(lambda text: float(Fraction(text)) if "/" in text else float(text), "a number", above, least, most)
+
+
+class Length(NamedTuple):
+    """A length in the space of images: its value, in units of pixels in [0, 1], and how it is written."""
+
+    value: float
+    text: str
+
+
+def length(text: str, norm: str, flag: str) -> Length:
+    """What a length on a command line means, in every script and for every flag; the norm decides.
+
+    Linf: `8/255` is that share of the range of pixels, at most 1; `8`, a number from 1 to 255, is 8/255; `0.03`, up to
+    0.3, is a share of the range. L2: the number or fraction is the length itself. Raises ValueError, beginning with
+    `flag`, for what is no number or below 0, and for what cannot be told or meant.
+    """
+    try:
+        value = number(least=0)(text)
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"{flag}: {error}, or a fraction like 8/255") from None
+    if norm == "L2":
+        if value > 6 and "/" not in text:
+            raise ValueError(f"{flag} {text}: in L2 that is {value:g} times a pixel's whole range; 0.5 is usual")
+        return Length(value, f"{value:g}")
+    if "/" not in text:
+        if 0.3 < value < 1:
+            raise ValueError(f"{flag} {text}: in Linf, is that {text}/255 or {255 * value:g}/255? Write which")
+        value = value / 255 if value >= 1 else value
+    if value > 1:
+        raise ValueError(f"{flag} {text}: in Linf at most 255, which means 255/255, is accepted")
+    return Length(value, f"{255 * value:g}/255")
+
+
+def length_text(kind: Callable[[str], float]) -> Callable[[str], str]:
+    """The type of a flag for a length, whose meaning waits until the norm is known (`length`); a number like `kind`."""
+
+    def check(text: str) -> str:
+        kind(text)
+        return text
+
+    return check
 
 
 def triple(text: str) -> list[float]:

@@ -48,17 +48,22 @@ RECIPES = {
 GENERATED_DATA = {"epochs": 800, "batch_size": 512, "lambda_robust": 800.0}
 GROUP_NORM = {"scheduler": "step", "epochs": 100, "alpha": 8.0, "lambda_robust": 400.0, "clip_grad": None}
 GROUP_NORM_TINY_IMAGENET = {"lr": 0.05, "r0": 20 / 255, "alpha": 3.0, "lambda_robust": 500.0, "clip_grad": None}
+# Not the paper's, which has no l2: r0 is twice the radius of attack, as in the other recipes; alpha keeps alpha r0, and
+# lambda the robust term's share of the gradient, for 1/|grad|_2 is some 44 times 1/|grad|_1 (docs/results.md).
+L2 = {"r0": 1.0, "alpha": 0.2, "lambda_robust": 25.0}
 ATTACK_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
 MOMENTUM = 0.9
 
 
-def recipe(dataset: str, method: str, *, generated: bool, group_norm: bool) -> dict[str, Any]:
+def recipe(dataset: str, method: str, *, generated: bool, group_norm: bool, norm: str = "Linf") -> dict[str, Any]:
     """The defaults of a dataset and method. Clean training alone is the burn-in: constant rate."""
     values = dict(RECIPES[dataset])
     if generated:
         values |= GENERATED_DATA
     if group_norm:
         values |= GROUP_NORM_TINY_IMAGENET if dataset == "tiny-imagenet" else GROUP_NORM
+    if norm == "L2":
+        values |= L2 | ({"r0": 2 * L2["r0"]} if dataset == "tiny-imagenet" else {})
     if method == "clean":
         values |= {"epochs": values["burn_in_epochs"], "scheduler": "constant", "lr": 0.1, "batch_size": 256}
     # Clipping belongs to DyART's recipe; the baselines share its optimizer, schedule and average only.
@@ -121,6 +126,7 @@ def build_parser() -> flags.Parser:
     p = flags.Parser(prog="train.py", description="Train into an experiment folder: burn-in, then a method.")
     open_ = argparse.SUPPRESS
     positive = number(above=0)
+    length = flags.length_text(positive)
 
     g = p.add_argument_group("what is trained")
     g.add_argument("--dataset", "--data", type=dataset_name, default="cifar10", help=", ".join(DATASETS))
@@ -158,14 +164,15 @@ def build_parser() -> flags.Parser:
     g.add_argument("--seed", type=whole(most=2**32 - 1), default=0, help="of weights, batches and attacks")
 
     g = p.add_argument_group("DyART (where no default is given: the recipe's)")
-    g.add_argument("--r0", "--h_prime_r0", type=positive, default=open_, help="larger margins are left alone: 16/255")
+    g.add_argument("--r0", "--h_prime_r0", type=length, default=open_, help="larger margins are left alone: 16/255")
     g.add_argument("--alpha", "--h_prime_alpha", type=number(least=0), default=open_, help="priority of small margins")
     g.add_argument("--lambda-robust", "--lam_robust", type=number(least=0), default=open_, help="of the robust term")
     g.add_argument("--temperature", type=positive, default=5.0, help="of the soft logit margin")
     g.add_argument("--norm", choices=list(NORMS), default="Linf", help="of margins and attacks")
     g.add_argument("--search", choices=list(SEARCHES), default="fast", help="for boundary points; fab: as released")
     g.add_argument("--search-steps", type=optional(whole(least=1)), default=None, help="by default the search's own")
-    g.add_argument("--init-radius", type=optional(number(least=0)), default=None, help="twice the starting noise")
+    from_zero = flags.length_text(number(least=0))
+    g.add_argument("--init-radius", type=optional(from_zero), default=None, help="twice the starting noise")
     add_switch(g, "--high-quality", "--use_high_quality", default=True, help="leave poor boundary points out")
     overshoot = (
         "train so far beyond boundary points, as a share of their distance (0.05; with fab, whose are beyond, 0)"
@@ -174,8 +181,8 @@ def build_parser() -> flags.Parser:
 
     g = p.add_argument_group("baselines, and the attack of baselines and validation")
     g.add_argument("--beta", type=released_beta, default=6.0, help="of TRADES and MART")
-    g.add_argument("--attack-eps", type=positive, default=open_, help="8/255 for Linf, 128/255 for L2")
-    g.add_argument("--attack-step", type=positive, default=open_, help="a quarter of --attack-eps")
+    g.add_argument("--attack-eps", type=length, default=open_, help="8/255 for Linf, 128/255 for L2")
+    g.add_argument("--attack-step", type=length, default=open_, help="a quarter of --attack-eps")
     g.add_argument("--attack-iter", type=whole(least=1), default=10, help="PGD steps of the baselines")
     g.add_argument("--validation-attack-iter", type=whole(least=1), default=40, help="PGD steps of validation")
     g.add_argument("--validation-size", type=optional(whole(least=1)), default=None, help="images, of those held out")
@@ -221,12 +228,14 @@ def build_parser() -> flags.Parser:
     add_switch(p, "--DyART", dest="dyart", default=open_, help=argparse.SUPPRESS)
     add_switch(p, "--mart", default=open_, help=argparse.SUPPRESS)
     p.add_argument("--iter_FAB", type=whole(least=1), default=open_, help=argparse.SUPPRESS)
-    p.add_argument("--eps_FAB", type=number(least=0), default=open_, help=argparse.SUPPRESS)
+    p.add_argument("--eps_FAB", type=from_zero, default=open_, help=argparse.SUPPRESS)
     p.add_argument("--attack", choices=["linf-pgd", "l2-pgd"], default=open_, help=argparse.SUPPRESS)
     p.add_argument("--resume_fname", default=open_, help=argparse.SUPPRESS)
     return p
 
 
+# Settings that are lengths: on a command line the norm decides what they mean.
+LENGTHS = ("r0", "init_radius", "attack_eps", "attack_step")
 # Flags that are not settings of a run: what to do rather than what to train.
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
@@ -304,12 +313,19 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def with_lengths(given: Mapping[str, Any], norm: str) -> dict[str, Any]:
+    """The flags with the lengths among them as numbers, in units of pixels in [0, 1]."""
+    texts = {name: given[name] for name in LENGTHS if isinstance(given.get(name), str)}
+    return dict(given) | {name: flags.length(text, norm, flag_of(name)).value for name, text in texts.items()}
+
+
 def resolve(given: dict[str, Any]) -> dict[str, Any]:
     """Every setting of a run from the flags that were given. Raises ValueError where they do not go together."""
     values = vars(build_parser().parse_args([])) | given
-    dataset, method = values["dataset"], values["method"]
+    values = with_lengths(values, values["norm"])
+    dataset, method, norm = values["dataset"], values["method"], values["norm"]
     generated = values["aux_data_filename"] is not None
-    values = recipe(dataset, method, generated=generated, group_norm=values["group_norm"]) | values
+    values = recipe(dataset, method, generated=generated, group_norm=values["group_norm"], norm=norm) | values
     values |= resolve_normalization(values)
     values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])
     values.setdefault("attack_step", values["attack_eps"] / 4)

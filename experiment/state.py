@@ -23,7 +23,7 @@ from experiment.build import Stage, stages_of
 from experiment.folder import Experiment, Loaded
 from experiment.metrics import Meter
 from experiment.schedules import SCHEDULES
-from experiment.settings import ACTIONS, PLACE, check_settings, check_stored, upgraded
+from experiment.settings import ACTIONS, PLACE, check_settings, check_stored, upgraded, with_lengths
 from models.weights import load_weights
 from storage.files import FileError
 
@@ -163,6 +163,7 @@ def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experi
     """
     experiment = Experiment.open(folder, lock=None if dry_run else "train", echo=tqdm.write)
     stored = check_stored(experiment.settings, experiment.folder / "args.yaml")
+    given = with_lengths(given, stored["norm"])
     for name in given.keys() - {"epochs", *PLACE, *ACTIONS}:
         if given[name] != stored[name]:
             flag = f"--{name.replace('_', '-')}"

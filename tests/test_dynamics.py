@@ -6,17 +6,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.stats import binomtest
 from torch import nn
 
 from dyart.dynamics import (
     boundary_speed,
-    mcnemar_p,
     negative_speed_share,
     refined_margin,
     unit_direction,
     update_direction,
-    wilson_interval,
 )
 from dyart.losses import LOSSES
 from dyart.margin import Boundary, find_boundary
@@ -64,9 +61,6 @@ def moved(model, direction, length):
         for name, parameter in model.named_parameters():
             parameter += length * direction[name]
     return model
-
-
-# --- Boundary speed ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
@@ -185,8 +179,6 @@ def test_speed_refuses_a_direction_of_another_model():
         boundary_speed(model, boundary, y, random_direction(model), norm="L7", x=x)
 
 
-# --- Update directions ------------------------------------------------------------------------------------------------
-
 OPTIONS = {
     "clean": {},
     "dyart": {"steps": 5, "lambda_robust": 20.0, "high_quality": False},
@@ -283,9 +275,6 @@ def test_unit_direction_has_length_one_over_all_parameters():
     assert unit_direction({"a": torch.zeros(3)})["a"].tolist() == [0, 0, 0]
 
 
-# --- Shares -----------------------------------------------------------------------------------------------------------
-
-
 def test_share_counts_the_negative_among_the_vulnerable():
     model = small_network()
     x, y = correct_points(model, 40, (8,))
@@ -310,22 +299,3 @@ def test_refined_margin_of_a_linear_boundary_is_exact():
     value, grad = model(beyond)[:, 0].detach(), torch.tensor([[2.0, 1.0]], dtype=torch.float64)
     boundary = Boundary(beyond, torch.tensor([True]), torch.tensor([0.15]).double(), value, grad)
     assert refined_margin(x, boundary).item() == pytest.approx(0.1)
-
-
-@pytest.mark.parametrize(("successes", "total"), [(0, 7), (3, 10), (10, 10), (41, 205), (1, 1)])
-def test_wilson_interval_is_scipys(successes, total):
-    expected = binomtest(successes, total).proportion_ci(method="wilson")
-    assert wilson_interval(successes, total) == pytest.approx((expected.low, expected.high), abs=1e-6)
-
-
-def test_wilson_interval_of_nothing_is_not_a_number():
-    assert all(math.isnan(end) for end in wilson_interval(0, 0))
-
-
-@pytest.mark.parametrize(
-    ("only_first", "only_second"), [(0, 0), (5, 5), (1, 0), (12, 3), (3, 12), (40, 75), (700, 600)]
-)
-def test_mcnemar_p_is_scipys_binomial_test(only_first, only_second):
-    total = only_first + only_second
-    expected = binomtest(only_first, total, 0.5).pvalue if total else 1.0
-    assert mcnemar_p(only_first, only_second) == pytest.approx(expected, rel=1e-9)

@@ -33,7 +33,7 @@ from evaluations import (
 import eval as eval_script
 from data import load_data, to_input
 from evaluation import attack, candidate
-from evaluation.results import Results, identity_of
+from evaluation.results import Results
 from experiment.folder import Experiment
 
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
@@ -155,7 +155,7 @@ def test_kills_at_random_moments_change_nothing(toy_folder):
         assert exit_status(start(folder)) == 0
         assert records(folder) == whole
         results = Results(folder / "autoattack")
-        assert results.unfinished(identity_of(results.records[0])) is None
+        assert results.unfinished(results.records[0]) is None
 
 
 # --- Flags ------------------------------------------------------------------------------------------------------------
@@ -182,13 +182,14 @@ def test_released_command_line(capsys):
         ("8", "Linf", 8 / 255, "8/255"),
         ("8/255", "Linf", 8 / 255, "8/255"),
         ("2.5", "Linf", 2.5 / 255, "2.5/255"),
+        ("0.031", "Linf", 0.031, "7.905/255"),
         ("1/51", "Linf", 5 / 255, "5/255"),
         ("0.5", "L2", 0.5, "0.5"),
         ("128/255", "L2", 128 / 255, "0.501961"),
     ],
 )
 def test_eps(text, norm, eps, written):
-    assert eval_script.parse_eps(text, norm) == (pytest.approx(eps, rel=1e-15), written)
+    assert eval_script.radii([text], norm) == [(pytest.approx(eps, rel=1e-15), written)]
 
 
 @pytest.mark.parametrize(
@@ -198,8 +199,9 @@ def test_eps(text, norm, eps, written):
         (["--eps", "8", "-3"], "--eps: '-3' is not a number above 0"),
         (["--eps", "8/0"], "--eps: '8/0' is not a number above 0"),
         (["--eps", "nan", "--norm", "L2"], "--eps: 'nan' is not a number above 0"),
-        (["--eps", "0.031"], "--eps 0.031: for Linf this means 0.031/255"),
-        (["--eps", "256"], "--eps 256: for Linf at most 255"),
+        (["--eps", "0.5"], "--eps 0.5: in Linf, is that 0.5/255 or 127.5/255? Write which"),
+        (["--eps", "256"], "--eps 256: in Linf at most 255"),
+        (["--eps", "8", "--norm", "L2"], "--eps 8: in L2 that is 8 times a pixel's whole range"),
         (["--norm", "L1"], "--norm_attack: invalid choice: 'L1'"),
         (["-v", "plus"], "-v: invalid choice: 'plus'"),
         (["--n", "0"], "--n: '0' is not a whole number at least 1"),

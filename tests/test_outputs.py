@@ -20,7 +20,7 @@ def test_one_bad_output_of_one_image_is_seen(bad):
     logits = torch.zeros(5, 10)
     check_finite_outputs(logits, "here")
     logits[3, 7] = bad
-    with pytest.raises(ValueError, match="^here: the model's outputs are not finite for 1 of 5 images, .* for no. 3 of"):
+    with pytest.raises(ValueError, match="^here: the model's outputs are not finite for 1 of 5 images, .* no. 3 of"):
         check_finite_outputs(logits, "here")
 
 

@@ -1,0 +1,75 @@
+"""What a step costs: its operations against a count by hand, its memory against what was touched."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+from analysis import cost
+from data import DATASETS
+from models import create_model
+
+ROOT = Path(__file__).parents[1]
+
+
+DIGITS = ["--dataset", "digits", "--model", "wrn-10-1-swish", "--batch-size", "8", "--threads", "1"]
+
+
+def options(*more):
+    return vars(bench.build_parser().parse_args([*DIGITS, *more]))
+
+
+def test_flops_are_those_of_the_passes():
+    """A clean step costs 3 forward passes, but for the first layer, whose input needs no gradient; AT adds attacks."""
+    workload = cost.load_workload(None, options("--examples", "8"))
+    count = {name: cost.count_flops(cost.training_step(workload, name, options())) for name in cost.STEPS}
+    forward = cost.count_flops(lambda: workload.model(workload.x[:8]))
+    weight = workload.model.init_conv.weight
+    first = 2 * 8 * workload.x[0, 0].numel() * weight.numel() / 1e12
+    assert count["clean step"] == pytest.approx(3 * forward - first)
+    assert count["PGD-10 AT step"] == pytest.approx(count["clean step"] + 10 * 2 * forward)
+    assert cost.count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == pytest.approx(2 * 3 * 4 * 5 / 1e12)
+
+
+def test_weights_of_a_file_are_measured_on_a_balanced_batch(tmp_path):
+    digits = DATASETS["digits"]
+    model = create_model("wrn-10-1-swish", mean=digits.mean, std=digits.std)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    workload = cost.load_workload(str(tmp_path / "weights.pt"), options("--examples", "20"))
+    assert workload.y.bincount().tolist() == [2] * 10
+    with torch.no_grad():
+        torch.testing.assert_close(workload.model(workload.x), model.eval()(workload.x))
+    assert workload.identity["checkpoint"] == "weights.pt"
+
+
+def test_a_step_is_repeatable_and_leaves_its_workload_alone():
+    workload = cost.load_workload(None, options("--examples", "8"))
+    before = {name: value.clone() for name, value in workload.model.state_dict().items()}
+    for name in cost.STEPS:
+        cost.training_step(workload, name, options())()
+    assert all(torch.equal(value, before[name]) for name, value in workload.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in workload.model.parameters())
+
+
+def test_resident_memory_sees_what_is_touched():
+    before = cost.resident("VmRSS")
+    held = torch.ones(2**25)
+    assert 2**17 * 0.9 < cost.resident("VmRSS") - before < 2**17 * 1.2
+    del held
+
+
+def test_memory_is_measured_in_a_process_with_its_own_setting(monkeypatch):
+    """The environment is the caller's again, and inside the large buffers have pages of their own."""
+    monkeypatch.setattr(cost, "resident_of_step", os.getenv)
+    assert cost.in_process(("MALLOC_MMAP_THRESHOLD_",), pages_of_its_own=True) == "131072"
+    assert cost.in_process(("MALLOC_MMAP_THRESHOLD_",)) is None
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "5")
+    cost.in_process(("PATH",), pages_of_its_own=True)
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == "5"
+
+
+def test_spread():
+    assert cost.spread([3.0]) == {"median": 3, "quartile_1": 3, "quartile_3": 3}
+    assert cost.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3, "quartile_1": 2, "quartile_3": 4}
