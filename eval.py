@@ -67,10 +67,7 @@ def radii(texts: list[str] | None, norm: str) -> list[flags.Length]:
     """The radii that --eps asks for, or where it is left out the usual one of the norm."""
     texts = texts or [USUAL[norm]]
     texts = [radius for text in texts for radius in (PAPER[norm] if text == "paper" else [text])]
-    lengths = [flags.length(text, norm, "--eps") for text in texts]
-    if zero := next((radius for radius in lengths if radius.value == 0), None):
-        raise ValueError(f"--eps: {zero.text!r} is not a number above 0, or a fraction like 8/255")
-    return list(dict.fromkeys(lengths))
+    return list(dict.fromkeys(flags.length(text, norm, "--eps") for text in texts))
 
 
 def norm_of(settings: Mapping[str, Any]) -> str:
@@ -101,19 +98,21 @@ def main(argv: list[str] | None = None) -> int:
     make_reproducible()
     with open_place(Path(targets[0]), args["checkpoint"]) as (paths, results, log):
         candidates = [load_candidate(path, args["weights"], args) for path in paths]
+        norms = [args["norm"] or norm_of(candidate.settings) for candidate in candidates]
+        lengths = {norm: radii(args["eps"], norm) for norm in norms}
         tests = [load_test(candidate, args["data_dir"]) for candidate in candidates]
         for test in tests:
             if args["n"] is not None and args["n"] > len(test.labels):
                 raise ValueError(f"--n {args['n']}: the test set has {len(test.labels)} images")
         tasks = []
-        for candidate, test in zip(candidates, tests, strict=True):
-            norm, trained_in = args["norm"] or norm_of(candidate.settings), norm_of(candidate.settings)
-            if norm != trained_in:
-                log(f"{candidate.identity['checkpoint']}: trained in {trained_in}, attacked in {norm} (--norm)")
+        for candidate, norm, test in zip(candidates, norms, tests, strict=True):
+            if norm != norm_of(candidate.settings):
+                name, other = candidate.identity["checkpoint"], norm_of(candidate.settings)
+                log(f"{name}: trained in {other}, attacked in {norm} (--norm)")
             n = args["n"] or len(test.labels)
             test, images = leading(test, n)
             what = {"n": n, "images": images, "test_sha256": digest(Split(test.images[:n], test.labels[:n]))}
-            for eps, text in radii(args["eps"], norm):
+            for eps, text in lengths[norm]:
                 attack = {"norm": norm, "eps": eps, "eps_text": text, "version": args["version"], "seed": args["seed"]}
                 identity = {**candidate.identity, **what, **attack, "batch_size": args["batch_size"]}
                 known = None if again else results.finished(identity)

@@ -18,10 +18,10 @@ import torch
 
 from data import DATASETS
 from evaluation.candidate import load_candidate
-from evaluation.results import Results, images_of
+from evaluation.results import Results, images_of, same_identity
 from experiment import flags
 from experiment.folder import Experiment
-from experiment.settings import PLACE, check_stored, resolve
+from experiment.settings import LENGTHS, PLACE, check_stored, flag_of, resolve, resolve_normalization
 from experiment.weights import WEIGHTS_HELP
 from storage.files import FileError, naming, replacing, write_text
 
@@ -77,7 +77,7 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
     settings: of the run; records: of autoattack.json, those of other weights are passed over; identity: of the weights,
     as `load_candidate` gives it; out: the file that the weights go to.
     """
-    mine = [record for record in records if all(record[name] == value for name, value in identity.items())]
+    mine = [record for record in records if same_identity(record, {**record, **identity})]
     full = [record for record in mine if record["version"] == "standard" and record["n"] == record["test_size"]]
     lines = [f"# {identity['model']} on {identity['dataset']}", ""]
     lines += [f"- Weights: `{out.name}`, the {identity['weights']} weights of `{identity['checkpoint']}`"]
@@ -157,15 +157,24 @@ def train_command(settings: Mapping[str, Any]) -> str:
     given |= {name: settings[name] for name in defaults if settings[name] != usual[name] and name not in PLACE}
     words = ["python", "train.py"]
     for name, value in given.items():
-        words += [f"--{name.replace('_', '-')}", flags.plain(value)]
+        is_length = name in LENGTHS and value is not None
+        words += [flag_of(name), flags.length_words(value, settings["norm"]) if is_length else flags.plain(value)]
     return shlex.join(words)
 
 
 def eval_command(record: Mapping[str, Any], out: Path) -> str:
     """The command that evaluates the exported weights as a record says."""
-    eps = record["eps_text"].removesuffix("/255") if record["norm"] == "Linf" else record["eps"]
+    eps = record["eps_text"]
+    if flags.length(eps, record["norm"], "--eps").value != record["eps"]:
+        eps = flags.length_words(record["eps"], record["norm"])
     words = ["python", "eval.py", out.name, "--model", record["model"], "--dataset", record["dataset"]]
-    words += [f"--{name.replace('_', '-')}" for name in ("group_norm", "normalize") if record[name]]
+    words += ["--group-norm"] if record["group_norm"] else []
+    usual = resolve_normalization({"model": record["model"], "dataset": record["dataset"]})
+    for name in ("normalize", "mean", "std"):
+        # Before mean and std were kept, the Swish models normalized whatever the record says.
+        old = "mean" not in record and (name != "normalize" or usual["normalize"])
+        if not old and record[name] is not None and record[name] != usual[name]:
+            words += [f"--{name}", flags.plain(record[name])]
     words += ["--eps", eps, "--norm", record["norm"], "--version", record["version"], "--n", record["n"]]
     words += ["--batch-size", record["batch_size"], "--seed", record["seed"]]
     return shlex.join(map(str, words))

@@ -145,6 +145,7 @@ def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> Non
         while run.progress.epoch < run.stage.first + run.stage.epochs:
             try:
                 train_epoch(run, experiment, signals)
+                check_finite(run, experiment)
                 with finite_validation(run, experiment):
                     scores = validate(run.average.model, data.validation, settings, signals)
                 scores |= track_dynamics(run, data.train)
@@ -285,7 +286,6 @@ def track_dynamics(run: Run, split: Split) -> dict[str, float | None]:
 
 def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, last_stage: bool) -> None:
     """Write down a finished epoch: metrics.csv and the log, best.pt and its like, and at last latest.pt."""
-    check_finite(run, experiment)
     stage, progress, meter = run.stage, run.progress, run.meter
     progress.epoch += 1
     progress.step = 0

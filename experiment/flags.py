@@ -38,7 +38,12 @@ def boolean(text: str) -> bool:
 
 def number(*, above: float = -math.inf, least: float = -math.inf, most: float = math.inf) -> Callable[[str], float]:
     """The type of a flag that takes a number, or a fraction like 8/255, within bounds."""
-    return _within(lambda text: float(Fraction(text)) if "/" in text else float(text), "a number", above, least, most)
+
+    def value(text: str) -> float:
+        numerator, slash, denominator = text.partition("/")
+        return float(Fraction(numerator) / Fraction(denominator)) if slash else float(text)
+
+    return _within(value, "a number", above, least, most)
 
 
 class Length(NamedTuple):
@@ -48,15 +53,15 @@ class Length(NamedTuple):
     text: str
 
 
-def length(text: str, norm: str, flag: str) -> Length:
+def length(text: str, norm: str, flag: str, *, zero: bool = False) -> Length:
     """What a length on a command line means, in every script and for every flag; the norm decides.
 
     Linf: `8/255` is that share of the range of pixels, at most 1; `8`, a number from 1 to 255, is 8/255; `0.03`, up to
-    0.3, is a share of the range. L2: the number or fraction is the length itself. Raises ValueError, beginning with
-    `flag`, for what is no number or below 0, and for what cannot be told or meant.
+    0.3, is a share of the range. L2: the number or fraction is the length itself. zero: whether 0 is a length. Raises
+    ValueError, beginning with `flag`, for what is no number or too small, and for what cannot be told or meant.
     """
     try:
-        value = number(least=0)(text)
+        value = (number(least=0) if zero else number(above=0))(text)
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"{flag}: {error}, or a fraction like 8/255") from None
     if norm == "L2":
@@ -70,6 +75,13 @@ def length(text: str, norm: str, flag: str) -> Length:
     if value > 1:
         raise ValueError(f"{flag} {text}: in Linf at most 255, which means 255/255, is accepted")
     return Length(value, f"{255 * value:g}/255")
+
+
+def length_words(value: float, norm: str) -> str:
+    """A length as `length` reads it again, to the last digit."""
+    usual = 0 <= value <= (6 if norm == "L2" else 0.3)
+    numerator, denominator = Fraction(value).as_integer_ratio()
+    return str(value) if usual else f"{numerator}/{denominator}"
 
 
 def length_text(kind: Callable[[str], float]) -> Callable[[str], str]:

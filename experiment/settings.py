@@ -316,7 +316,9 @@ def flag_of(name: str) -> str:
 def with_lengths(given: Mapping[str, Any], norm: str) -> dict[str, Any]:
     """The flags with the lengths among them as numbers, in units of pixels in [0, 1]."""
     texts = {name: given[name] for name in LENGTHS if isinstance(given.get(name), str)}
-    return dict(given) | {name: flags.length(text, norm, flag_of(name)).value for name, text in texts.items()}
+    return dict(given) | {
+        name: flags.length(text, norm, flag_of(name), zero=True).value for name, text in texts.items()
+    }
 
 
 def resolve(given: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def test_an_experiment_folder_from_the_command_line(folder, capsys):
         assert record["clean_accuracy"] == pytest.approx(correct.float().mean().item())
         name = folder / record["checkpoint"]
         assert record["sha256"] == subprocess.check_output(["sha256sum", name], text=True).split()[0]
-        assert record.items() >= {**SETTINGS, "version": "standard", "n": 10, "test_size": 400, "device": "cpu"}.items()
+        expected = {**SETTINGS, "normalize": True, "version": "standard", "n": 10, "test_size": 400, "device": "cpu"}
+        assert {name: record[name] for name in expected} == expected
         assert record["versions"]["torch"] == torch.__version__
     log = (folder / "eval.log").read_text()
     assert "best.pt (average weights), Linf 8/255, first 10 of 400 test images: clean " in log

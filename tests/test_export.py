@@ -141,7 +141,7 @@ def test_the_evaluation_command_of_a_claim_means_what_was_run(folder, tmp_path, 
     capsys.readouterr()
     eval_script.main([*shlex.split(command), "--dry-run"])
     (word,) = re.findall(r"--eps (\S+)", command)
-    assert eval_script.parse_eps(word, norm) == (eps, eps_text)
+    assert eval_script.radii([word], norm) == [(eps, eps_text)]
     words = capsys.readouterr().out
     for name in ("norm", "version", "n", "seed", "batch_size", "model", "dataset"):
         assert f"\n{name}: {record[name]}\n" in words
@@ -156,6 +156,8 @@ def test_the_evaluation_command_of_a_claim_means_what_was_run(folder, tmp_path, 
         ["--method", "clean", "--normalize", "--tau", "0.9"],
         ["--aux-data-filename", "a b.npz", "--method", "dyart", "--nesterov", "false", "--seed", "3"],
         ["--method", "trades", "--beta", "3", "--group-norm", "--norm", "L2"],
+        ["--norm", "L2", "--r0", "7/1", "--attack-eps", "0.3", "--init-radius", "0"],
+        ["--r0", "100/255", "--attack-eps", "5", "--attack-step", "0.01", "--mean", "0,0,0", "--std", "1,1,0.5"],
     ],
 )
 def test_the_training_command_of_a_claim_resolves_to_the_runs_settings(argv):

@@ -23,7 +23,8 @@ def test_a_bare_file_has_its_results_beside_it(tmp_path):
     results = {"other.pt.autoattack.json", "other.pt.eval.log", ".other.pt.lock-eval"}
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt", *results}
     (record,) = json.loads((tmp_path / "other.pt.autoattack.json").read_text())
-    assert record.items() >= {"checkpoint": "other.pt", "weights": "only", **SETTINGS}.items()
+    expected = {"checkpoint": "other.pt", "weights": "only", **SETTINGS, "normalize": True}
+    assert {name: record[name] for name in expected} == expected
 
 
 def test_two_evaluations_of_one_folder_or_file_do_not_mix(tmp_path):

@@ -87,6 +87,8 @@ BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epo
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
 FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0}
 
+L2 = {"norm": "L2", "attack_eps": 128 / 255, "attack_step": 32 / 255, "r0": 1.0, "alpha": 0.2, "lambda_robust": 25.0}
+
 OURS = {
     "": {},
     "--aux-data-filename /x/1m.npz": GENERATED,
@@ -105,7 +107,11 @@ OURS = {
     "--method at": {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
     "--method trades --dataset tiny-imagenet": TINY | {"method": "trades", "burn_in_epochs": 0, "clip_grad": None},
     "--method mart --group-norm": GROUP_NORM | {"method": "mart", "burn_in_epochs": 0, "clip_grad": None},
-    "--norm L2": {"norm": "L2", "attack_eps": 128 / 255, "attack_step": 32 / 255},
+    "--norm L2": L2,
+    "--norm L2 --dataset tiny-imagenet": TINY | L2 | {"r0": 2.0},
+    "--norm L2 --r0 0.5": L2 | {"r0": 0.5},
+    "--attack-eps 4 --r0 16 --attack-step 0.01 --init-radius 8": {"attack_eps": 4 / 255, "attack_step": 0.01}
+    | {"init_radius": 8 / 255},
     "--pretrained /x/b.pt": BURNT_IN,
     "--r0 20/255 --alpha 4 --lambda-robust 300 --clip-grad none": {"r0": 20 / 255, "alpha": 4.0}
     | {"lambda_robust": 300.0, "clip_grad": None},
@@ -144,7 +150,7 @@ RELEASED = {
     | {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
     f"{PREACT} {COMMON} {ATTACK} --DyART False --beta 5 --mart": TINY
     | {"method": "mart", "burn_in_epochs": 0, "clip_grad": None, "beta": 5.0},
-    "--attack l2-pgd --attack-eps 0.5": {"norm": "L2", "attack_eps": 0.5, "attack_step": 0.125},
+    "--attack l2-pgd --attack-eps 0.5": L2 | {"attack_eps": 0.5, "attack_step": 0.125},
     "--resume False --clean_training false --DyART true": {},
 }
 
