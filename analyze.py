@@ -46,7 +46,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--examples", type=flags.whole(least=1), default=1000, help="images of train and of test")
     g.add_argument("--boundary", choices=["exact", "soft"], default="exact", help="whose speed is shown")
     eps = "of the baselines' attack; smaller margins are vulnerable (the run's)"
-    g.add_argument("--attack-eps", type=flags.number(above=0), default=None, help=eps)
+    g.add_argument("--attack-eps", type=flags.length_text(flags.number(above=0)), default=None, help=eps)
     g.add_argument(
         "--direction", choices=["gradient", "step"], default="gradient", help="step: of latest.pt's optimizer"
     )

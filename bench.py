@@ -39,7 +39,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--rounds", type=flags.whole(least=1), default=5, help="each times everything once; after a warm-up")
     g.add_argument("--examples", type=flags.whole(), default=256, help="images for the quality of boundary points")
     g.add_argument("--steps", type=flags.whole(least=1), nargs="*", default=[4, 5, 8], help="other numbers to compare")
-    g.add_argument("--norm", choices=list(NORMS), default="Linf", help="of margins and attacks")
+    g.add_argument("--norm", choices=list(NORMS), default=None, help="of margins and attacks (the run's, or Linf)")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the choice of images and of random starts")
     flags.add_switch(p, "--smoke", default=False, help="a few seconds on digits, to see that it runs")
     g = p.add_argument_group("where and how")
@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options["threads"])
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options["tf32"]
     settings = {key: value for key, value in options.items() if key not in ("targets", "output")}
+    if options["compile"]:
+        flags.check_compile(device)
     rate = bf16_rate(device)
     report: dict[str, Any] = {"machine": name, "bf16_tflops_per_second": rate, "versions": versions()}
     report |= {"settings": settings, "subjects": []}

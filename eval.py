@@ -45,6 +45,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--checkpoint", metavar="NAME", nargs="+", default=None, help="files of the folder (best.pt)")
     g.add_argument("--weights", metavar="NAME", default=None, help=WEIGHTS_HELP)
     g.add_argument("--n", type=flags.optional(positive), default=None, help="the first N test images; none takes all")
+    g.add_argument("--output-dir", default=None, help="for results, log and lock (the folder, or beside the file)")
     g.add_argument("--data-dir", default=None, help="where prepared datasets lie (where training took them from)")
 
     g = p.add_argument_group("the attack")
@@ -96,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
 
     device = flags.device(args["device"])
     make_reproducible()
-    with open_place(Path(targets[0]), args["checkpoint"]) as (paths, results, log):
+    output_dir = None if args["output_dir"] is None else Path(args["output_dir"])
+    with open_place(Path(targets[0]), args["checkpoint"], output_dir) as (paths, results, log):
         candidates = [load_candidate(path, args["weights"], args) for path in paths]
         norms = [args["norm"] or norm_of(candidate.settings) for candidate in candidates]
         lengths = {norm: radii(args["eps"], norm) for norm in norms}

@@ -20,7 +20,7 @@ from data import DATASETS
 from evaluation.candidate import load_candidate
 from evaluation.results import Results, images_of, same_identity
 from experiment import flags
-from experiment.folder import Experiment
+from experiment.folder import named_checkpoints
 from experiment.settings import LENGTHS, PLACE, check_stored, flag_of, resolve, resolve_normalization
 from experiment.weights import WEIGHTS_HELP
 from storage.files import FileError, naming, replacing, write_text
@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         if path.exists() and not args.force:
             raise FileExistsError(f"{path} exists; --force overwrites it")
 
-    Experiment.open(folder)  # Says so where it is none.
-    candidate = load_candidate(folder / args.checkpoint, args.weights)
+    (checkpoint,) = named_checkpoints(folder, [args.checkpoint])
+    candidate = load_candidate(checkpoint, args.weights)
     text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
     with naming("write", out), replacing(out) as file:
         torch.save(dict(candidate.model.state_dict()), file)

@@ -31,7 +31,7 @@ from experiment.build import Data, build_model, build_optimizer, load_splits, lo
 from experiment.folder import Experiment, Loaded
 from experiment.guards import Diverged, anomalies_detected, check_finite, finite_validation, skip_step
 from experiment.metrics import Meter, describe, peak_memory_mib
-from experiment.schedules import SCHEDULES
+from experiment.schedules import SCHEDULES, idle_epochs
 from experiment.settings import default_name, parse, resolve
 from experiment.signals import Interrupted, Signals
 from experiment.state import Progress, Run, resume, rewind
@@ -68,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     else:
         rewind(experiment, settings, loaded)
     with experiment:
+        for stage in stages_of(settings):
+            if idle := idle_epochs(stage.scheduler, stage.epochs):
+                experiment.log(
+                    f"warning: {idle} of the {stage.epochs} epochs of {stage.name} have less than a hundredth of the "
+                    f"learning rate, as --scheduler {stage.scheduler} has it; for short runs: --scheduler cyclic"
+                )
         try:
             train(run, data, experiment, Signals())
         except Interrupted as stop:
@@ -106,6 +112,7 @@ def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None) -> Run:
         load_pretrained(model, settings)
     model.to(device)
     if settings["compile"]:
+        flags.check_compile(device)
         model.compile()
     if loaded is None:
         return begin_stage(settings, 0, model, data, Progress())
@@ -180,7 +187,7 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
     with bar:
         for x, y in bar:
             train_step(run, x, y, experiment)
-            bar.set_postfix(meter.summary(), refresh=False)
+            bar.set_postfix(meter.summary(run.settings["norm"]), refresh=False)
             meter.state["seconds"] = time.monotonic() - started
             signals.check()
             if time.monotonic() - saved > 60 * (run.settings["checkpoint_minutes"] or math.inf):
@@ -268,7 +275,7 @@ def validate(model: nn.Module, split: Split, settings: dict[str, Any], signals: 
 
 
 def track_dynamics(run: Run, split: Split) -> dict[str, float | None]:
-    """The share of negative speeds below 8/255, in the epochs that --track-dynamics asks for.
+    """The share of negative speeds below --attack-eps, in the epochs that --track-dynamics asks for.
 
     Of the boundary of the trained model as it is, along minus the gradient of the stage's loss on a fixed batch of
     training images as they are.
@@ -276,10 +283,11 @@ def track_dynamics(run: Run, split: Split) -> dict[str, float | None]:
     every, method = run.settings["track_dynamics"], run.stage.method
     if not every or (run.progress.epoch + 1) % every:
         return {}
+    below = run.settings["attack_eps"] if run.settings["rules"] >= 2 else 8 / 255
     device, batch = run.loader.device, sample(split, run.stage.batch_size, run.settings)
     x, y = to_input(batch.images).to(device), batch.labels.to(device)
     share = negative_speed_share(
-        run.model, x, y, method, norm=run.settings["norm"], options=loss_options(run.settings, method)
+        run.model, x, y, method, below=below, norm=run.settings["norm"], options=loss_options(run.settings, method)
     )
     return {"negative_speeds": None if math.isnan(share) else share}
 
@@ -297,7 +305,7 @@ def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, las
         run.advance_schedule()
     run.meter = Meter()
     experiment.append_metrics(row)
-    experiment.log(describe(row))
+    experiment.log(describe(row, run.settings["norm"]))
     weights = run.weights(scores)
     score = [scores["val_robust"], scores["val_clean"]]
     if last_stage and score >= progress.best:

@@ -26,6 +26,7 @@ from dyart.projection import NORMS
 from evaluation.candidate import load_candidate
 from experiment import flags
 from experiment.build import build_model
+from experiment.folder import named_checkpoints
 from experiment.settings import resolve_normalization
 from experiment.weights import MODEL_SETTINGS
 
@@ -71,6 +72,7 @@ class Workload(NamedTuple):
 def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     """The model of a checkpoint, or an untrained one that is sure, and taken to be right, about most of its images."""
     device = flags.device(options["device"])
+    norm = options["norm"]
     if target is None:
         named = {name: options[name] for name in MODEL_SETTINGS if options[name] is not None}
         identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, **named}
@@ -80,8 +82,9 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         identity |= {"checkpoint": None}
     else:
         path = Path(target)
-        path = path / "best.pt" if path.is_dir() else path
+        path = named_checkpoints(path, ["best"])[0] if path.is_dir() else path
         candidate = load_candidate(path, None, options)
+        norm = norm or candidate.settings.get("norm")
         model, identity = candidate.model, candidate.identity
         model.requires_grad_(True)
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
@@ -99,7 +102,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     def autocast() -> Any:
         return mixed_precision(options["amp"], device.type)
 
-    return Workload(model, identity, x, y, autocast, options["norm"])
+    return Workload(model, identity, x, y, autocast, norm or "Linf")
 
 
 def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Callable[[], None]:

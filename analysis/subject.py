@@ -11,9 +11,10 @@ from analysis.statistics import interval_of
 from data import DEFAULT_DATA_DIR
 from evaluation.candidate import load_candidate
 from evaluation.results import Results
+from experiment import flags
 from experiment.build import build_optimizer, stages_of
 from experiment.checkpoint import load_checkpoint
-from experiment.folder import Experiment
+from experiment.folder import Experiment, named_checkpoints
 from experiment.settings import check_stored, resolve
 from experiment.weights import MODEL_SETTINGS
 
@@ -34,7 +35,8 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     """The checkpoint that the flags name. Raises ValueError or OSError for one that cannot be used."""
     target = Path(args.target)
     folder = None if target.is_file() else Experiment.open(target).folder
-    path = target if folder is None else folder / ("latest.pt" if args.direction == "step" else args.checkpoint)
+    name = "latest" if args.direction == "step" else args.checkpoint
+    path = target if folder is None else named_checkpoints(folder, [name])[0]
     # The optimizer's state belongs to the weights that are trained, and not to their average.
     weights = "raw" if args.direction == "step" else None
     candidate = load_candidate(path, weights, vars(args))
@@ -44,7 +46,8 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     if candidate.settings:
         settings = check_stored(candidate.settings, path)
     if args.attack_eps is not None:
-        settings = settings | {"attack_eps": args.attack_eps, "attack_step": args.attack_eps / 4}
+        eps = flags.length(args.attack_eps, settings["norm"], "--attack-eps").value
+        settings = settings | {"attack_eps": eps, "attack_step": eps / 4}
     if args.data_dir is not None or not Path(settings["data_dir"]).is_dir():
         settings = settings | {"data_dir": args.data_dir or str(DEFAULT_DATA_DIR)}
 

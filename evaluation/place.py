@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from evaluation.results import Results
 from experiment import flags
-from experiment.folder import Experiment
+from experiment.folder import Experiment, is_checkpoint_of_its_folder, named_checkpoints
 from storage.files import FileError, naming
 from storage.lock import Locked, take_lock
 
@@ -24,38 +24,39 @@ class Place(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_place(target: Path, names: list[str] | None) -> Iterator[Place]:
+def open_place(target: Path, names: list[str] | None, output_dir: Path | None = None) -> Iterator[Place]:
     """The folder or file to evaluate, locked against a second evaluation; a folder's file stands for its folder.
 
-    names: the folder's checkpoints, by default best.pt. Raises ValueError or OSError.
+    names: the folder's checkpoints, by default best.pt. output_dir: where results, log and lock go instead, made where
+    it is missing; for places that cannot be written to. Raises ValueError or OSError.
     """
     if target.is_file() and names is not None:
         raise ValueError(f"--checkpoint {names[0]}: {target} is a checkpoint itself, not an experiment folder")
-    if target.is_file() and (target.parent / "args.yaml").exists():
+    if target.is_file() and is_checkpoint_of_its_folder(target):
         target, names = target.parent, [target.name]
-    with _open_file(target) if target.is_file() else _open_folder(target, names or ["best.pt"]) as place:
+    paths = [target] if target.is_file() else named_checkpoints(target, names or ["best"])
+    if output_dir is not None:
+        flags.check_writable(output_dir, "--output-dir")
+        with naming("create", output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+        beside = output_dir / target.resolve().name
+    elif target.is_file():
+        flags.check_writable(target.parent, "results are written beside (or give --output-dir)")
+        beside = target
+    else:
+        flags.check_writable(target, "results are written to (or give --output-dir)")
+        with Experiment.open(target, lock="eval", echo=tqdm.write) as experiment:
+            yield Place(paths, Results(target / "autoattack"), experiment.log)
+        return
+    with _open_beside(beside, paths) as place:
         yield place
 
 
 @contextlib.contextmanager
-def _open_folder(folder: Path, names: list[str]) -> Iterator[Place]:
-    with Experiment.open(folder, lock="eval", echo=tqdm.write) as experiment:
-        names = [name if name.endswith(".pt") else f"{name}.pt" for name in names]
-        there = sorted(path.name for path in folder.glob("*.pt"))
-        for name in names:
-            if name not in there:
-                raise ValueError(f"--checkpoint {name}: {folder} has {', '.join(there) or 'no checkpoints'}")
-        paths = [folder / name for name in dict.fromkeys(names)]
-        yield Place(paths, Results(folder / "autoattack"), experiment.log)
-
-
-@contextlib.contextmanager
-def _open_file(path: Path) -> Iterator[Place]:
-    flags.check_writable(path.parent, "results are written beside")
-
+def _open_beside(path: Path, checkpoints: list[Path]) -> Iterator[Place]:
     def log(message: str) -> None:
         tqdm.write(message)
-        with open(f"{path}.eval.log", "a") as file:
+        with open(f"{path}.eval.log", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     lock_path = path.with_name(f".{path.name}.lock-eval")
@@ -65,7 +66,7 @@ def _open_file(path: Path) -> Iterator[Place]:
         except Locked as holder:
             raise FileError(f"{path} is in use: {holder} evaluates it") from None
     try:
-        yield Place([path], Results(path.with_name(f"{path.name}.autoattack")), log)
+        yield Place(checkpoints, Results(path.with_name(f"{path.name}.autoattack")), log)
     finally:
         if lock is not None:
             lock.release()

@@ -161,12 +161,21 @@ def device(name: str, *, cuda_graphs: bool = False) -> torch.device:
     return found
 
 
+def check_compile(device: torch.device) -> None:
+    """Raise ValueError, in one line, where torch.compile does not work here, for want of a compiler mostly."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"--compile: does not work here ({reason[0]}); it needs a C++ compiler, g++ say") from None
+
+
 def check_writable(folder: str | Path, flag: str) -> None:
     """Raise PermissionError where `folder`, or the nearest folder above it that exists, cannot be written to."""
     path = Path(folder).resolve()
     while not path.exists():
         path = path.parent
-    if not (path.is_dir() and os.access(path, os.W_OK | os.X_OK)):
+    if not (path.is_dir() and os.access(path, os.W_OK | os.X_OK, effective_ids=True)):
         raise PermissionError(f"{flag} {folder}: cannot write to {path}")
 
 

@@ -14,7 +14,7 @@ import io
 import itertools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,6 +284,30 @@ class Experiment(contextlib.AbstractContextManager):
         """Write `name`.pt ("epoch_0010", say), as `save_checkpoint`."""
         self._require("train")
         save_checkpoint(self.folder / f"{name}.pt", state)
+
+
+def named_checkpoints(folder: str | Path, names: Sequence[str]) -> list[Path]:
+    """The files of a folder's checkpoints by their names, as every --checkpoint means them: best and best.pt are one.
+
+    Raises FileError where the folder is no experiment, ValueError, with what is there, for a name that is not.
+    """
+    folder = Experiment.open(folder).folder
+    there = sorted(path.name for path in folder.glob("*.pt"))
+    paths = [folder / (name if name.endswith(".pt") else f"{name}.pt") for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if path.name not in there or path.parent != folder:
+            raise ValueError(f"--checkpoint {name}: {folder} has {', '.join(there) or 'no checkpoints'}")
+    return list(dict.fromkeys(paths))
+
+
+def is_checkpoint_of_its_folder(path: Path) -> bool:
+    """Whether a file is a checkpoint in an experiment folder, and not just beside somebody's args.yaml."""
+    if path.suffix != ".pt" or not (path.parent / "args.yaml").exists():
+        return False
+    try:
+        return {"dataset", "method", "model"} <= Experiment.open(path.parent).settings.keys()
+    except FileError:
+        return False
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, int | float | str | None]:

@@ -31,18 +31,18 @@ class Meter:
         """The mean of each metric over the images seen."""
         return {name: total / self.state["images"] for name, total in self.state["sums"].items()}
 
-    def summary(self) -> dict[str, str]:
-        """What the progress bar shows: loss, clean accuracy, boundary points found, mean margin in 1/255."""
+    def summary(self, norm: str) -> dict[str, str]:
+        """What the progress bar shows: loss, clean accuracy, boundary points found, mean margin."""
         means = self.means()
         shown = {"loss": f"{means['loss']:.3f}"} if "loss" in means else {}
         shown |= {
             name: f"{means[key]:.1%}" for name, key in (("clean", "clean_accuracy"), ("found", "found")) if key in means
         }
         margins = self.state["margins"]
-        return shown | ({"margin": f"{255 * margins.mean().item():.2f}/255"} if len(margins) else {})
+        return shown | ({"margin": shown_length(255 * margins.mean().item(), norm)} if len(margins) else {})
 
     def margin_quantiles(self) -> dict[str, float]:
-        """Mean and quantiles of the margins found, in units of 1/255."""
+        """Mean and quantiles of the margins found, in units of 1/255 (in every norm)."""
         margins = self.state["margins"].double().sort().values * 255
         if not len(margins):
             return {}
@@ -59,13 +59,18 @@ def peak_memory_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def describe(row: dict[str, Any]) -> str:
+def shown_length(value: float, norm: str) -> str:
+    """A length in units of 1/255 for people, who write l2 lengths in units of a pixel's range."""
+    return f"{value / 255:.3f}" if norm == "L2" else f"{value:.2f}/255"
+
+
+def describe(row: dict[str, Any], norm: str) -> str:
     """The line that the log has of an epoch."""
     parts = [f"epoch {row['epoch']} ({row['stage']})", f"lr {row['lr']:.4g}", f"loss {row.get('loss', math.nan):.4f}"]
     parts += [
         f"{name.replace('_', ' ')} {row[name]:.1%}" for name in ("clean_accuracy", "found", "kept") if name in row
     ]
     if "margin_mean" in row:
-        parts.append(f"margin {row['margin_mean']:.2f}/255")
+        parts.append(f"margin {shown_length(row['margin_mean'], norm)}")
     parts += [f"validation clean {row['val_clean']:.1%} robust {row['val_robust']:.1%}", f"{row['seconds']:.0f} s"]
     return ", ".join(parts)

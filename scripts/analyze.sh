@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's pictures of the decision boundary: of the end of the burn-in, where the run had one, and of its best
-# checkpoint. Into FOLDER/figures/burn_in and FOLDER/figures.
+# checkpoint. Into FOLDER/figures/burn_in and FOLDER/figures, or with --output-dir DIR into DIR/burn_in and DIR.
 #     bash scripts/analyze.sh FOLDER [FLAGS OF analyze.py]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -10,7 +10,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 }
 folder="$1"
 shift
+keeps --checkpoint --checkpoint -- "$@"
+figures="$(given --output-dir --output-dir "$@")"
+figures="${figures:-$folder/figures}"
 if [ -e "$folder/burn_in.pt" ]; then
-    "$PYTHON" "$ROOT/analyze.py" "$folder" --checkpoint burn_in.pt --output-dir "$folder/figures/burn_in" "$@"
+    "$PYTHON" "$ROOT/analyze.py" "$folder" "$@" --checkpoint burn_in.pt --output-dir "$figures/burn_in"
 fi
-exec "$PYTHON" "$ROOT/analyze.py" "$folder" "$@"
+exec "$PYTHON" "$ROOT/analyze.py" "$folder" "$@" --output-dir "$figures"

@@ -50,6 +50,25 @@ given() {
     echo "$value"
 }
 
+# keeps "WHAT IS SET" "ANOTHER SPELLING" VALUE... -- WORDS: ends the script where the words give the flag another value
+# than those that the script stands for: it would do one thing under the name of another.
+keeps() {
+    local name="$1" other="$2" allowed=() value
+    shift 2
+    while [ "$1" != -- ]; do
+        allowed+=("$1")
+        shift
+    done
+    shift
+    value="$(given "$name" "$other" "$@")"
+    [ -z "$value" ] && return
+    for word in "${allowed[@]}"; do
+        [ "$value" = "$word" ] && return
+    done
+    echo "$(basename "$0") sets $name itself${allowed[*]:+ (${allowed[*]})}, not $value: leave it out, or call the .py" >&2
+    exit 2
+}
+
 # From a script's flags: EXPERIMENTS, where experiment folders are made, and VARIANT, "-groupnorm" or nothing.
 read_flags() {
     "$PYTHON" -c 'import sys; from importlib.util import find_spec; sys.exit(find_spec("torch") is None)' || {
@@ -73,6 +92,7 @@ train() {
 burn_in() {
     local folder="$1-burn-in$VARIANT" dataset="$2"
     shift 2
+    keeps --method --method clean -- "$@"
     if [ -e "$EXPERIMENTS/$folder" ] && [ -z "$(given --name --dry-run "$@")" ]; then
         echo "$EXPERIMENTS/$folder exists: use it, finish it with resume.sh, or make another with --name" >&2
         exit 2
@@ -84,6 +104,7 @@ burn_in() {
 dyart() {
     local name="$1" dataset="$2" folder="$EXPERIMENTS/$1-burn-in$VARIANT" command pretrained=()
     shift 2
+    keeps --method --method dyart -- "$@"
     if [ -z "$(given --pretrained --burn-in-epochs "$@")" ]; then
         if [ ! -d "$folder" ]; then
             command="bash $ROOT/scripts/${name}_clean_training.sh${VARIANT:+ --group-norm} --output-dir $EXPERIMENTS"
@@ -103,6 +124,7 @@ baselines() {
         methods=("$1")
         shift
     fi
+    keeps --method --method -- "$@"
     for method in "${methods[@]}"; do
         train --dataset "$dataset" --method "$method" "$@"
     done

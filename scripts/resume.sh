@@ -9,4 +9,5 @@ if [ $# -eq 0 ]; then
 fi
 folder="$1"
 shift
+keeps --resume --resume_fname "$folder" -- "$@"
 exec "$PYTHON" "$ROOT/train.py" --resume "$folder" "$@"

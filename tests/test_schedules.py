@@ -7,7 +7,7 @@ import torch
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from experiment.schedules import SCHEDULES
+from experiment.schedules import SCHEDULES, idle_epochs
 
 
 def values(name: str, epochs: int, steps: int = 1, lr: float = 0.1) -> list[tuple[float, float]]:
@@ -85,3 +85,11 @@ def test_constant_is_constant_and_alone_can_be_extended():
 def test_a_schedule_says_whether_it_changes_momentum(name):
     momenta = {momentum for _, momentum in values(name, 10, steps=4)}
     assert SCHEDULES[name].cycles_momentum == (momenta != {0.9})
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "idle"),
+    [("cosinew", 1, 0), ("cosinew", 2, 1), ("cosinew", 3, 1), ("cosinew", 200, 0), ("cyclic", 2, 0), ("step", 2, 0)],
+)
+def test_epochs_without_a_rate_are_counted(name, epochs, idle):
+    assert idle_epochs(name, epochs) == idle

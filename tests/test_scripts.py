@@ -99,6 +99,20 @@ def test_flags_are_passed_on_and_a_dry_run_makes_nothing(name, flags, expected, 
     assert [path.name for path in script.folder.iterdir()] == ["some.npz"]
 
 
+def test_the_figures_of_two_checkpoints_do_not_mix(script, tmp_path):
+    """Whatever is given beside: a stand-in for Python says how analyze.py is called."""
+    (tmp_path / "bin" / "python3").write_text('#!/bin/sh\necho "$@"\n')
+    (script.folder / "run").mkdir()
+    (script.folder / "run" / "burn_in.pt").touch()
+    for flags, figures in (("", "run/figures"), (" --output-dir there --seed 1", "there")):
+        status, output, error = script("analyze", "run" + flags)
+        assert status == 0, error
+        called = [shlex.split(line) for line in output.splitlines()]
+        folders = [[words[i + 1] for i, word in enumerate(words) if word == "--output-dir"][-1] for words in called]
+        assert folders == [f"{figures}/burn_in", figures]
+        assert [words[-1] if "--checkpoint" in words else None for words in called] == [f"{figures}/burn_in", None]
+
+
 def test_baselines_without_a_method_are_all_three(script):
     status, output, error = script("Cifar10_baselines", SMALL + " --dry-run")
     assert status == 0, error
@@ -115,6 +129,15 @@ def test_baselines_without_a_method_are_all_three(script):
         ("resume", "", "resume.sh FOLDER"),
         ("resume", "missing", "missing: no such experiment folder"),
         ("eval", "", "eval.sh FOLDER"),
+        ("analyze", "some --checkpoint epoch_0010", "analyze.sh sets --checkpoint itself, not epoch_0010"),
+        ("Cifar10_DyART", "--method at", "Cifar10_DyART.sh sets --method itself (dyart), not at"),
+        (
+            "Cifar10_clean_training",
+            "--method=trades",
+            "Cifar10_clean_training.sh sets --method itself (clean), not trad",
+        ),
+        ("TinyImgNet_baselines", "at --method mart", "TinyImgNet_baselines.sh sets --method itself, not mart"),
+        ("resume", "some --resume other", "resume.sh sets --resume itself (some), not other"),
     ],
 )
 def test_what_is_missing_or_wrong_is_said_in_one_line(name, flags, words, script):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from experiment import build
 from experiment.build import build_model
 from experiment.checkpoint import load_checkpoint, save_checkpoint
 from experiment.folder import Experiment
-from experiment.metrics import Meter
+from experiment.metrics import Meter, describe
 from experiment.settings import resolve
 from models import create_model
 
@@ -87,7 +88,9 @@ def test_the_experiment_folder(run: Path) -> None:
     settings = yaml.safe_load((run / "args.yaml").read_text())
     assert settings["r0"] == 16 / 255 and settings["epochs"] == 2 and settings["train_subset"] == 40
     log = (run / "train.log").read_text()
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 1 \(burn-in\), lr 0.1, loss 2\.\d{4}, clean", log)
+    assert re.search(
+        r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d epoch 1 \(burn-in\), lr 0.1, loss 2\.\d{4}, clean", log, re.MULTILINE
+    )
     assert f"finished: {run}" in log
     for name in ("best.pt", "burn_in.pt", "epoch_0002.pt"):
         state = load_checkpoint(run / name)
@@ -108,7 +111,7 @@ def test_metrics_have_a_row_an_epoch(run: Path) -> None:
     found = [row for row in rows[1:] if row["found"] > 0]
     assert found
     for row in found:
-        assert 0 <= row["kept"] <= row["found"] <= row["clean_accuracy"]
+        assert 0 <= row["kept"] <= row["found"] <= 1
         quantiles = [row[f"margin_q{percent}"] for percent in (10, 25, 50, 75, 90)]
         assert quantiles == sorted(quantiles) and quantiles[0] <= row["margin_mean"] <= quantiles[-1] + 1e-9
 
@@ -294,6 +297,31 @@ class QuietSignals(train.Signals):
     """Signals that never come."""
 
     received = None
+
+
+def test_compile_without_a_compiler_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    """As on a machine without one: torch.compile looks for it by CXX and PATH."""
+    command = [sys.executable, ROOT / "train.py", *tiny(tmp_path / "out", "--compile", "--method", "clean")]
+    nowhere = {"PATH": str(tmp_path), "CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=os.environ | nowhere, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert re.search("^train.py: error: --compile: does not work here .*C\\+\\+ compiler", done.stderr.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_that_idles_in_a_short_run_is_warned_of(tmp_path: Path) -> None:
+    assert run_training(*tiny(tmp_path, "--method", "clean", "--scheduler", "cosinew")) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "warning: 1 of the 2 epochs of clean have less than a hundredth" in log and "--scheduler cyclic" in log
+
+
+def test_margins_of_l2_runs_are_shown_in_their_unit() -> None:
+    meter = Meter()
+    meter.add({"loss": torch.tensor(1.0), "margins": torch.tensor([0.5])}, 1.0, 1)
+    assert meter.summary("L2")["margin"] == "0.500" and meter.summary("Linf")["margin"] == "127.50/255"
+    row = {"epoch": 1, "stage": "dyart", "lr": 0.1, "val_clean": 0.5, "val_robust": 0.2, "seconds": 1}
+    row |= meter.margin_quantiles()
+    assert "margin 0.500," in describe(row, "L2") and "margin 127.50/255," in describe(row, "Linf")
 
 
 def test_an_anomaly_is_named_where_it_is_asked_for(
