@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors.torch import load_file
 
-from storage.files import FileError, naming, one_line, open_regular, replacing
+from storage.files import FileError, describe_content, is_safetensors, naming, one_line, open_regular, replacing
 
 CHECKPOINT_FORMAT = 1
 
@@ -89,22 +90,25 @@ def save_checkpoint(
 def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any]:
     """The state of a checkpoint on the CPU, with its version under "format" if it is ours; no code in it is ever run.
 
-    With `foreign`, also files that this program did not write: bare state dicts and the released code's checkpoints,
-    in either of torch's file formats; numpy's numbers in them come back as Python's. A checksum is verified where there
-    is one. Raises FileError (NewerFormatError for a later version's checkpoint); the file is left alone.
+    With `foreign`, also files that this program did not write: safetensors, bare state dicts and the released code's
+    checkpoints, in either of torch's file formats; numpy's numbers in them come back as Python's. A checksum is
+    verified where there is one. Raises FileError (NewerFormatError for a later version's checkpoint), which says what a
+    file is that is none; the file is left alone.
     """
     path = Path(path)
     with naming("read", path), open_regular(path) as file:
         try:
-            state = _read_torch(file, foreign)
+            state = load_file(path) if foreign and is_safetensors(path) else _read_torch(file, foreign)
             _verify(state, foreign)
+        except NewerFormatError as error:
+            raise NewerFormatError(f"{path}: {error}") from None
         except OSError:
             raise
-        except FileError as error:
-            raise type(error)(f"{path}: {error}") from None
         # Of damaged bytes and hostile pickles the readers make errors of any type.
         except Exception as error:
-            raise FileError(f"{path}: {_reason(error)}") from error
+            reason = str(error) if isinstance(error, FileError) else _reason(error)
+            what = describe_content(path)
+            raise FileError(f"{path}: " + (f"not a checkpoint but {what}" if what else reason)) from error
     return state
 
 

@@ -1,6 +1,7 @@
 """What the command lines of the scripts share: types of flags, one-line errors, exit statuses."""
 
 import argparse
+import io
 import math
 import os
 import signal
@@ -184,6 +185,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     Ctrl-C where main does not take it ends with 128 + SIGINT, as a signal does elsewhere.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # A letter that a terminal does not have ends no work.
     try:
         sys.exit(main())
     except (ValueError, OSError) as error:

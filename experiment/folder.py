@@ -222,7 +222,13 @@ class Experiment(contextlib.AbstractContextManager):
             lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True))
         except csv.Error as error:
             raise FileError(f"cannot read {path}: {error}") from error
+        lines = [line for line in lines if line]  # Some programs leave an empty one at the end.
         columns = lines[0] if lines else []
+        separators = [name for name, mark in (("semicolons", ";"), ("tabs", "\t")) if any(mark in c for c in columns)]
+        if separators:
+            raise FileError(
+                f"{path}: its columns are separated by {separators[0]}, not by commas: saved by a spreadsheet?"
+            )
         for number, line in enumerate(lines, start=1):
             if len(line) != len(columns) or len(set(columns)) != len(columns):
                 raise FileError(f"{path}: row {number} does not fit the {len(columns)} columns of the first")

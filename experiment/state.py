@@ -3,6 +3,7 @@
 For train.py. What is wrong with a checkpoint that does not fit its run is a FileError of one line.
 """
 
+import math
 import random
 import warnings
 from dataclasses import dataclass, field
@@ -168,6 +169,7 @@ def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experi
         if given[name] != stored[name]:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"{flag} {given[name]}: {folder} runs with {stored[name]}, and --resume cannot change it")
+    check_metrics(experiment)
     loaded = experiment.load_latest()
     if loaded is not None:
         check_place(loaded, stored)
@@ -204,6 +206,16 @@ def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
         raise FileError(f"{path}: stage {index}, epoch {epoch} is not a place in this run")
 
 
+def check_metrics(experiment: Experiment) -> None:
+    """Refuse a metrics.csv whose rows are not of epochs, so that none of them is lost without a word."""
+    for number, row in enumerate(experiment.read_metrics(), start=1):
+        epoch = row.get("epoch")
+        # A spreadsheet writes 1.0, or 1,0 in other countries.
+        if not isinstance(epoch, int | float) or not math.isfinite(epoch) or epoch != int(epoch):
+            path = experiment.folder / "metrics.csv"
+            raise FileError(f"{path}: row {number} has {epoch!r} as its epoch; mend the file, or move it away")
+
+
 def rewind(experiment: Experiment, settings: dict[str, Any], loaded: Loaded | None) -> None:
     """Bring a folder back to where its checkpoint stands, and say so: settings of now, no rows of later epochs."""
     if settings != experiment.settings:
@@ -215,4 +227,4 @@ def rewind(experiment: Experiment, settings: dict[str, Any], loaded: Loaded | No
         finished = loaded.state["progress"]["epoch"]
         note = f" ({loaded.note})" if loaded.note else ""
         experiment.log(f"resume: from {loaded.path}, {finished} epochs finished{note}")
-    experiment.truncate_metrics(lambda row: isinstance(row.get("epoch"), int) and row["epoch"] <= finished)
+    experiment.truncate_metrics(lambda row: row["epoch"] <= finished)

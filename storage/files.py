@@ -10,8 +10,10 @@ import csv
 import io
 import json
 import os
+import re
 import secrets
 import stat
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,15 +45,67 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path, max_bytes: int = -1) -> str:
-    """A file's content, which is to be UTF-8. Raises FileError, also where it is longer than `max_bytes`."""
+    """A file's content, which is to be UTF-8, less a byte order mark. Raises FileError, also beyond `max_bytes`."""
     with naming("read", path), open_regular(path) as file:
         data = file.read(max_bytes)
         if file.read(1):
             raise FileError(f"cannot read {path}: longer than {max_bytes} bytes")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
+
+
+# How files begin that people have where another is expected, and what to do about them.
+_BEGINNINGS = [
+    (b"version https://git-lfs", "a Git LFS pointer and not the file itself: fetch that with git lfs pull"),
+    (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"GIF8", "a GIF picture"),
+    (b"%PDF-", "a PDF document"),
+    (b"\x1f\x8b", "compressed by gzip: unpack it first"),
+    (b"BZh", "compressed by bzip2: unpack it first"),
+    (b"\xfd7zXZ\x00", "compressed by xz: unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it"),
+    (b"\x93NUMPY", "a NumPy array (.npy)"),
+]
+
+
+def describe_content(path: str | os.PathLike) -> str | None:
+    """What a file is by its content, in words and with what to do, if it is a kind that is often taken for another.
+
+    None for what is not known, and for files that cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError:
+        return None
+    for beginning, what in _BEGINNINGS:
+        if head.startswith(beginning):
+            return what
+    if re.match(rb"\s*(<!doctype html|<html|<\?xml)", head.removeprefix(b"\xef\xbb\xbf"), re.IGNORECASE):
+        return "a web page: the download was answered by a page, for a log-in or an error perhaps"
+    if head[257:262] == b"ustar":
+        return "a tar archive: unpack it first"
+    if head.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return "NumPy arrays (.npz)"
+        return None if any(name.endswith("data.pkl") for name in names) else "a zip archive: unpack it first"
+    return None
+
+
+def is_safetensors(path: str | os.PathLike) -> bool:
+    """Whether a file begins as safetensors do: the length of a JSON header that fits into the file, and an object."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        return head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= os.path.getsize(path) - 8
+    except OSError:
+        return False
 
 
 def temporary_name(path: Path) -> Path:

@@ -27,6 +27,7 @@ from folders import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from experiment import checkpoint as module
 from experiment.checkpoint import NewerFormatError, load_checkpoint, save_checkpoint
@@ -330,3 +331,49 @@ def test_a_failed_rename_leaves_the_file_that_was_there(tmp_path: Path, monkeypa
                 save_checkpoint(tmp_path / "a.pt", a_state(2))
         assert names(tmp_path) == ["a.pt"]
         assert load_checkpoint(tmp_path / "a.pt")["epoch"] == 1
+
+
+def in_zip(**members: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name.replace("__", "."), data)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n", "a Git LFS pointer .*git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><body>Google Drive", "a web page"),
+        (b"\xef\xbb\xbf<html>", "a web page"),
+        (b"a.pt".ljust(257, b"\0") + b"ustar\x0000" + bytes(600), "a tar archive: unpack it first"),
+        (b"\x1f\x8b\x08" + bytes(50), "compressed by gzip"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file, as Keras writes it"),
+        (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+        (in_zip(weights__bin=b"x"), "a zip archive: unpack it first"),
+        (in_zip(image__npy=b"x", label__npy=b"x"), "NumPy arrays"),
+    ],
+)
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_file_of_another_kind_is_told_for_what_it_is(
+    tmp_path: Path, content: bytes, what: str, foreign: bool
+) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with refused(f"a.pt: not a checkpoint but {what}", tmp_path / "a.pt"):
+        load_checkpoint(tmp_path / "a.pt", foreign=foreign)
+
+
+def test_safetensors_are_read_and_damaged_ones_refused(tmp_path: Path) -> None:
+    state = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2, dtype=torch.bfloat16)}
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    found = load_checkpoint(path, foreign=True)
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
+    with refused("not a checkpoint", path):
+        load_checkpoint(path)
+    content = path.read_bytes()
+    for end in (5, 9, 40, len(content) - 1):
+        path.write_bytes(content[:end])
+        with refused("model.safetensors: ", path):
+            load_checkpoint(path, foreign=True)

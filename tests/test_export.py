@@ -1,13 +1,17 @@
 """Exported weights as RobustBench loads them, and the claim beside them."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from evaluations import two_checkpoints
 from torch import nn
 
 import eval as eval_script
@@ -17,6 +21,7 @@ from experiment import settings
 from experiment.folder import Experiment
 from models import create_model
 
+ROOT = Path(__file__).parents[1]
 MODEL = "wrn-16-1-swish"
 
 
@@ -168,6 +173,17 @@ def test_the_training_command_of_a_claim_resolves_to_the_runs_settings(argv):
     assert {k: v for k, v in again.items() if k not in settings.PLACE} == {
         k: v for k, v in values.items() if k not in settings.PLACE
     }
+
+
+def test_in_a_locale_without_utf8_the_claim_is_written_and_told_of(tmp_path):
+    """Its text has an ε, and the folder's name an é."""
+    folder = two_checkpoints(tmp_path / "é")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, ROOT / "export.py", folder, tmp_path / "é" / "out.pt"]
+    done = subprocess.run(command, env=os.environ | plain, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert rb"\xe9/out.md" in done.stdout
+    assert "No claim can be made" in (tmp_path / "é" / "out.md").read_text(encoding="utf-8")
 
 
 def test_additional_data_is_named(folder):

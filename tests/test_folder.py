@@ -590,6 +590,28 @@ def test_metrics_that_lie_are_refused(tmp_path: Path) -> None:
                     use()
 
 
+@pytest.mark.parametrize(
+    "content", ["\ufeffepoch,loss\n1,0.5\n", "epoch,loss\r\n1,0.5\r\n\r\n", "epoch,loss\n1.0,0.5\n"]
+)
+def test_metrics_that_another_program_has_saved_again_are_understood(tmp_path: Path, content: str) -> None:
+    with new_experiment(tmp_path) as run:
+        (run.folder / "metrics.csv").write_bytes(content.encode())
+        run.append_metrics({"epoch": 2, "loss": 0.25})
+        assert run.read_metrics() == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [("epoch;loss\n1;0,5\n", "semicolons"), ("epoch\tloss\n1\t0.5\n", "tabs")]
+)
+def test_metrics_with_other_separators_are_refused_and_left_alone(tmp_path: Path, content: str, what: str) -> None:
+    with new_experiment(tmp_path) as run:
+        path = run.folder / "metrics.csv"
+        path.write_text(content)
+        for use in (run.read_metrics, lambda: run.append_metrics({"epoch": 2}), lambda: run.truncate_metrics(1)):
+            with refused(f"separated by {what}, not by commas", path):
+                use()
+
+
 def test_the_log_has_a_line_a_message_with_the_time(tmp_path: Path) -> None:
     said: list[str] = []
     with Experiment.create(tmp_path, "run", SETTINGS, echo=said.append) as run:

@@ -501,6 +501,31 @@ def test_metrics_that_lie_are_refused_or_rewritten(
         assert [row["epoch"] for row in Experiment.open(folder).read_metrics()] == [2]
 
 
+def test_epochs_as_another_program_writes_them_keep_their_rows(whole: Path, tmp_path: Path) -> None:
+    folder = copied(whole, tmp_path)
+    path = folder / "metrics.csv"
+    header, *rows = path.read_text().splitlines()
+    rows = [f"{float(number)},{rest}" for number, _, rest in (row.partition(",") for row in rows)]
+    path.write_text("\n".join(["\ufeff" + header, *rows, ""]))
+    expected = [row["epoch"] for row in Experiment.open(whole).read_metrics()]
+    (folder / "latest.pt").write_bytes((folder / "previous.pt").read_bytes())
+    assert run_training("--resume", str(folder)) == 0
+    assert [row["epoch"] for row in Experiment.open(folder).read_metrics()] == expected
+
+
+@pytest.mark.parametrize("epoch", ["one", "", "1.5", "nan"])
+def test_rows_of_no_epoch_are_refused_and_kept(
+    epoch: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(whole, tmp_path)
+    path = folder / "metrics.csv"
+    header, row, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([header, epoch + "," + row.partition(",")[2], *rest, ""]))
+    before = files(folder)
+    assert "metrics.csv: row 1 has" in refusal(capsys, "--resume", str(folder))
+    assert files(folder) == before
+
+
 # --- A full disk ------------------------------------------------------------------------------------------------------
 
 
