@@ -30,7 +30,7 @@ from evaluation.environment import versions
 from experiment import flags
 from experiment.build import load_splits
 from experiment.weights import add_model_flags
-from storage.files import write_csv, write_json
+from storage.files import naming, write_csv, write_json
 
 
 def build_parser() -> flags.Parser:
@@ -91,7 +91,9 @@ def analyze(args: Any) -> dict[str, Any]:
     model, settings, norm = subject.model, subject.settings, subject.settings["norm"]
     default = Path("figures") if subject.folder is None else subject.folder / "figures"
     output = Path(args.output_dir or default)
-    output.mkdir(parents=True, exist_ok=True)
+    flags.check_writable(output, "--output-dir")
+    with naming("create", output):
+        output.mkdir(parents=True, exist_ok=True)
     scale, below = figures.SCALES[norm], settings["attack_eps"]
 
     train = shuffled(load_splits(settings)[0], args.seed)

@@ -14,16 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data import DATASETS
 from evaluation.candidate import load_candidate
 from evaluation.results import Results, images_of, same_identity
 from experiment import flags
+from experiment.checkpoint import write_torch
 from experiment.folder import named_checkpoints
 from experiment.settings import LENGTHS, PLACE, check_stored, flag_of, resolve, resolve_normalization
 from experiment.weights import WEIGHTS_HELP
-from storage.files import FileError, naming, replacing, write_text
+from storage.files import FileError, write_text
 
 # What RobustBench ranks: the dataset, norm and ε of its leaderboards.
 LEADERBOARDS = {("cifar10", "Linf", "8/255"), ("cifar10", "L2", "0.5"), ("cifar100", "Linf", "8/255")}
@@ -61,9 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     (checkpoint,) = named_checkpoints(folder, [args.checkpoint])
     candidate = load_candidate(checkpoint, args.weights)
     text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
-    with naming("write", out), replacing(out) as file:
-        torch.save(dict(candidate.model.state_dict()), file)
-    write_text(text_file, text)
+    write_torch(out, dict(candidate.model.state_dict()))
+    try:
+        write_text(text_file, text)
+    except FileError:
+        out.unlink()  # The two belong together.
+        raise
     print(f"weights  {out}\nclaim    {text_file}")
     return 0
 

@@ -79,7 +79,12 @@ def save_checkpoint(
     content = {**state, "format": CHECKPOINT_FORMAT}
     content["sha256"] = _digest({key: value for key, value in content.items() if key != "sha256"})
 
-    with naming("write", path), replacing(path, before_rename) as file:
+    write_torch(path, content, before_rename)
+
+
+def write_torch(path: str | Path, content: Any, before_rename: Callable[[], None] | None = None) -> None:
+    """Write plain content by torch.save, all of it or nothing. Raises FileError."""
+    with naming("write", Path(path)), replacing(path, before_rename) as file:
         try:
             torch.save(content, file)
         except RuntimeError as error:  # torch hides the system's error behind its own.

@@ -13,6 +13,7 @@ import csv
 import io
 import itertools
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -127,8 +128,13 @@ class Experiment(contextlib.AbstractContextManager):
                     if exist == "error":
                         raise FileError(f"{folder} exists and is not overwritten; choose another name") from None
             sync_folder(root)
-        experiment = cls(folder, settings, echo, "train")
-        _write_settings(folder / "args.yaml", settings)
+        try:
+            experiment = cls(folder, settings, echo, "train")
+            _write_settings(folder / "args.yaml", settings)
+        except BaseException:
+            # Without its settings it is no experiment, and the next attempt would make another one beside it.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return experiment
 
     @classmethod

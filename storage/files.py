@@ -51,7 +51,7 @@ def read_text(path: Path, max_bytes: int = -1) -> str:
         if file.read(1):
             raise FileError(f"cannot read {path}: longer than {max_bytes} bytes")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise FileError(f"cannot read {path}: not UTF-8 text (byte {error.start})") from error
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import os
+import pwd
 import socket
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def take_lock(path: str | os.PathLike, *, wait: bool = False) -> BaseFileLock | 
     """Hold the lock file `path`, which is made where it is missing, until `release` or the end of this process.
 
     Returns None, with a warning once a process, where the file system has no locks. Raises Locked where another process
-    (or another part of this one) holds it, unless `wait` is set; OSError where the file cannot be opened for writing.
+    (or another part of this one) holds it, unless `wait` is set; OSError where the file cannot be opened for writing,
+    with what to do where it is another user's.
     """
     # Without a mode of its own the file gets 0666 less the umask, so that a group can share a folder.
     lock = FileLock(path, thread_local=False, fallback_to_soft=False, on_acquired=_sign)
@@ -38,12 +40,25 @@ def take_lock(path: str | os.PathLike, *, wait: bool = False) -> BaseFileLock | 
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise Locked(_holder(path)) from None
+    except PermissionError as error:
+        if not os.path.exists(path):
+            raise
+        status = os.stat(path)
+        hint = f"it belongs to {_user(status.st_uid)}, with mode {status.st_mode & 0o777:o}: chmod g+w or remove it"
+        raise PermissionError(error.errno, f"{error.strerror} ({hint})", str(path)) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         _warn(path)
         return None
     return lock
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return f"user {number}"
 
 
 def _sign(descriptor: int) -> None:

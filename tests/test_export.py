@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from evaluations import two_checkpoints
+from runs import refusal
 from torch import nn
 
 import eval as eval_script
@@ -182,8 +183,24 @@ def test_in_a_locale_without_utf8_the_claim_is_written_and_told_of(tmp_path):
     command = [sys.executable, ROOT / "export.py", folder, tmp_path / "é" / "out.pt"]
     done = subprocess.run(command, env=os.environ | plain, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert rb"\xe9/out.md" in done.stdout
+    assert rb"\udcc3\udca9/out.md" in done.stdout
     assert "No claim can be made" in (tmp_path / "é" / "out.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("failing", ["out.pt", "out.md"])
+def test_a_full_disk_leaves_neither_half_nor_temporary_files(tmp_path, monkeypatch, capsys, failing):
+    folder = two_checkpoints(tmp_path)
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == failing:
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    error = refusal(capsys, str(folder), str(tmp_path / "out.pt"), main=export.main)
+    assert f"cannot write {tmp_path / failing}: No space left on device" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_additional_data_is_named(folder):

@@ -612,6 +612,19 @@ def test_metrics_with_other_separators_are_refused_and_left_alone(tmp_path: Path
                 use()
 
 
+@pytest.mark.parametrize("failing", ["storage.lock.FileLock.acquire", "storage.files.os.replace"])
+def test_a_folder_that_cannot_be_begun_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(failing, fail)
+    with refused("Input/output error"):
+        new_experiment(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_the_log_has_a_line_a_message_with_the_time(tmp_path: Path) -> None:
     said: list[str] = []
     with Experiment.create(tmp_path, "run", SETTINGS, echo=said.append) as run:

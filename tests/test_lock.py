@@ -79,5 +79,5 @@ def test_a_lock_file_that_cannot_be_written_is_no_lock() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         (Path(folder) / ".lock").touch(0o644)
-        with unprivileged(), pytest.raises(PermissionError):
+        with unprivileged(), pytest.raises(PermissionError, match="belongs to .*, with mode 644: chmod g.w or remove"):
             take_lock(Path(folder) / ".lock")

@@ -1,5 +1,7 @@
 """train.py: the real thing on digits from end to end, then each of its promises on tiny runs."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -16,6 +18,7 @@ from runs import contents, differences, files, refusal, run_training, tiny
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import eval as eval_script
 import train
 from data import Split, to_input
 from dyart.dynamics import boundary_speed, update_direction
@@ -307,6 +310,22 @@ def test_compile_without_a_compiler_is_refused_before_a_folder_is_made(tmp_path:
     assert done.returncode == 2, done.stderr[-2000:]
     assert re.search("^train.py: error: --compile: does not work here .*C\\+\\+ compiler", done.stderr.splitlines()[-1])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_trained_and_evaluated_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: str
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(getattr(errno, code), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr("storage.lock._warned", False)
+    assert run_training(*tiny(tmp_path, "--method", "clean", "--epochs", "1")) == 0
+    assert [message for message in caplog.messages if "has no locks" in message] == caplog.messages[:1]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    flags = ["--n", "2", "--eps", "20", "--version", "custom", "--device", "cpu"]
+    assert eval_script.main([str(tmp_path / "run"), *flags]) == 0
 
 
 def test_a_schedule_that_idles_in_a_short_run_is_warned_of(tmp_path: Path) -> None:
