@@ -73,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.toy == (args.target is not None):
         parser.error("expected one FOLDER or FILE to analyse, or --toy")
     if args.toy:
-        print(draw_toy(Path(args.output_dir or "results")))
+        output = args.output_dir or "results"
+        flags.check_writable(output, "--output-dir")
+        print(draw_toy(Path(output)))
     else:
         print(report(analyze(args)))
     return 0
@@ -96,7 +98,7 @@ def analyze(args: Any) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
     scale, below = figures.SCALES[norm], settings["attack_eps"]
 
-    train = shuffled(load_splits(settings)[0], args.seed)
+    train = shuffled(load_splits(settings, generated_too=False).train, args.seed)
     test = shuffled(load_data(settings["dataset"], settings["data_dir"])[1], args.seed)
     test = Split(test.images[: args.examples], test.labels[: args.examples])
     exact = Search(norm, math.inf, args.search_steps, args.batch_size)

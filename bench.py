@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 def cpu_name() -> str:
     """The processor as its maker calls it, with the number of its cores."""
     try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
     except OSError:
         found = None
     return f"{found[1] if found else platform.machine()}, {multiprocessing.cpu_count()} cores"

@@ -22,7 +22,7 @@ from experiment.checkpoint import write_torch
 from experiment.folder import named_checkpoints
 from experiment.settings import LENGTHS, PLACE, check_stored, flag_of, resolve, resolve_normalization
 from experiment.weights import WEIGHTS_HELP
-from storage.files import FileError, write_text
+from storage.files import FileError, naming, replacing, utf8
 
 # What RobustBench ranks: the dataset, norm and ε of its leaderboards.
 LEADERBOARDS = {("cifar10", "Linf", "8/255"), ("cifar10", "L2", "0.5"), ("cifar100", "Linf", "8/255")}
@@ -60,14 +60,23 @@ def main(argv: list[str] | None = None) -> int:
     (checkpoint,) = named_checkpoints(folder, [args.checkpoint])
     candidate = load_candidate(checkpoint, args.weights)
     text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
-    write_torch(out, dict(candidate.model.state_dict()))
-    try:
-        write_text(text_file, text)
-    except FileError:
-        out.unlink()  # The two belong together.
-        raise
+    write_both(out, dict(candidate.model.state_dict()), text_file, text)
     print(f"weights  {out}\nclaim    {text_file}")
     return 0
+
+
+def write_both(out: Path, weights: dict[str, Any], text_file: Path, text: str) -> None:
+    """Write weights and claim, both or neither, and what was there stays until both are on the disk. FileError."""
+    is_new = not out.exists()
+    try:
+        with naming("write", text_file), replacing(text_file) as file:
+            file.write(utf8(text))
+            file.flush()
+            write_torch(out, weights)
+    except FileError:
+        if is_new:
+            out.unlink(missing_ok=True)
+        raise
 
 
 # --- The claim --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ The order of the file is the order of a run: its parts, its stages, one epoch, o
 of a step is in dyart/losses.py, the flags are in experiment/settings.py.
 """
 
+import contextlib
 import math
 import random
 import signal
@@ -19,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Loader, Split, to_input
+from data import Loader, Split, content_of, to_input
 from dyart.attacks import pgd
 from dyart.averaging import WeightAverage, statistics_momentum
 from dyart.dynamics import negative_speed_share
@@ -34,7 +35,7 @@ from experiment.metrics import Meter, describe, peak_memory_mib
 from experiment.schedules import SCHEDULES, idle_epochs
 from experiment.settings import default_name, parse, resolve
 from experiment.signals import Interrupted, Signals
-from experiment.state import Progress, Run, resume, rewind
+from experiment.state import Progress, Run, check_metrics, resume, rewind
 from experiment.weights import load_pretrained
 
 # --- The run: its folder, model and images ----------------------------------------------------------------------------
@@ -42,7 +43,12 @@ from experiment.weights import load_pretrained
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, make or reopen the folder, train. The exit status: 0, 1 diverged, 128 + n after signal n."""
-    given = parse(argv)
+    with contextlib.ExitStack() as held:
+        return new_or_resumed(parse(argv), held)
+
+
+def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
+    """A run from its flags to its end; its folder is given back by `held`, however it ends. The exit status."""
     dry_run, folder = given.pop("dry_run", False), given.pop("resume", None)
     output_dir = given.get("output_dir", "experiments")
     if folder is None:
@@ -50,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         check_early(settings, output_dir)
     else:
         experiment, settings, loaded = resume(folder, given, dry_run=dry_run)
+        held.enter_context(experiment)
     if dry_run:
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
@@ -59,30 +66,37 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     # A folder is made, or changed, only when everything that the run needs is there.
+    if folder is not None:
+        check_metrics(experiment)
+    if settings["aux_data_filename"] is not None:
+        if not Path(settings["aux_data_filename"]).is_file():
+            name = settings["aux_data_filename"]
+            raise FileNotFoundError(f"--aux-data-filename {name}: no such file; where it lies now can be said")
+        settings["aux_data_content"] = content_of(settings["aux_data_filename"])
     data = load_splits(settings)
     run = prepare(settings, data, loaded)
     if folder is None:
         name = (given.get("name") or default_name(settings)) + given.get("name_extra", "")
         exist = {"rename": "rename", "stop": "error"}[given.get("if_exists", "rename")]
         experiment = Experiment.create(output_dir, name, settings, exist=exist, echo=tqdm.write)
+        held.enter_context(experiment)
     else:
         rewind(experiment, settings, loaded)
-    with experiment:
-        for stage in stages_of(settings):
-            if idle := idle_epochs(stage.scheduler, stage.epochs):
-                experiment.log(
-                    f"warning: {idle} of the {stage.epochs} epochs of {stage.name} have less than a hundredth of the "
-                    f"learning rate, as --scheduler {stage.scheduler} has it; for short runs: --scheduler cyclic"
-                )
-        try:
-            train(run, data, experiment, Signals())
-        except Interrupted as stop:
-            experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
-            return 128 + stop.args[0]
-        except Diverged as error:
-            experiment.log(f"stopped: {error}")
-            return 1
-        experiment.log(f"finished: {experiment.folder}")
+    for stage in stages_of(settings):
+        if idle := idle_epochs(stage.scheduler, stage.epochs):
+            experiment.log(
+                f"warning: {idle} of the {stage.epochs} epochs of {stage.name} have less than a hundredth of the "
+                f"learning rate, as --scheduler {stage.scheduler} has it; for short runs: --scheduler cyclic"
+            )
+    try:
+        train(run, data, experiment, Signals())
+    except Interrupted as stop:
+        experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
+        return 128 + stop.args[0]
+    except Diverged as error:
+        experiment.log(f"stopped: {error}")
+        return 1
+    experiment.log(f"finished: {experiment.folder}")
     return 0
 
 

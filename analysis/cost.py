@@ -320,7 +320,7 @@ def resident_of_step(target: str | None, name: str, options: dict[str, Any]) -> 
     workload = load_workload(target, options)
     training_step(workload, name, options | {"batch_size": 2})()
     step = training_step(workload, name, options)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # sets the peak back to the present
     before = resident("VmRSS")
     step()
     return (resident("VmHWM") - before) / 1024
@@ -328,4 +328,6 @@ def resident_of_step(target: str | None, name: str, options: dict[str, Any]) -> 
 
 def resident(field: str) -> int:
     """A field of this process's memory status, in KiB."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return int(
+        re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8", errors="replace"))[1]
+    )

@@ -10,6 +10,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend has to be chosen before)
 import numpy as np  # noqa: E402
 
+from storage.files import naming, replacing  # noqa: E402
+
 NAMES = {"clean": "clean", "at": "AT", "trades": "TRADES", "mart": "MART", "dyart": "DyART"}
 # Of Okabe & Ito's palette, which stays apart under the common forms of colour blindness.
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY = (
@@ -37,8 +39,14 @@ class Scale(NamedTuple):
 SCALES = {"Linf": Scale(255, "1/255", 1), "L2": Scale(1, "l2 distance, pixels in [0, 1]", 0.05)}
 
 
+def save_figure(figure: plt.Figure, path: Path, **options: Any) -> None:
+    """Write a figure as PNG, all of it or nothing. Raises FileError."""
+    with naming("write", path), replacing(path) as file:
+        figure.savefig(file, format="png", **options)
+
+
 def _finish(figure: plt.Figure, path: Path) -> None:
-    figure.savefig(path)
+    save_figure(figure, path)
     plt.close(figure)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.statistics import interval_of
-from data import DEFAULT_DATA_DIR
+from data import find_data_dir
 from evaluation.candidate import load_candidate
 from evaluation.results import Results
 from experiment import flags
@@ -48,8 +48,8 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     if args.attack_eps is not None:
         eps = flags.length(args.attack_eps, settings["norm"], "--attack-eps").value
         settings = settings | {"attack_eps": eps, "attack_step": eps / 4}
-    if args.data_dir is not None or not Path(settings["data_dir"]).is_dir():
-        settings = settings | {"data_dir": args.data_dir or str(DEFAULT_DATA_DIR)}
+    data_dir = args.data_dir or find_data_dir(settings["dataset"], settings["data_dir"])
+    settings = settings | {"data_dir": str(data_dir)}
 
     model = candidate.model.to(device, memory_format=torch.channels_last).requires_grad_(True)
     optimizer = clip_grad = None

@@ -7,10 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.figures import BLUE, GREY, NAMES, VERMILLION, plt
+from analysis.figures import BLUE, GREY, NAMES, VERMILLION, plt, save_figure
 from dyart.dynamics import boundary_speed, unit_direction, update_direction
 from dyart.losses import clean_loss
 from dyart.margin import find_boundary, logit_margin
+from storage.files import naming
 
 EPS = 0.08  # of AT's attack, Euclidean
 METHODS = {
@@ -94,8 +95,9 @@ def draw_toy(folder: Path, seed: int = SEED) -> str:
         for spine in axis.spines.values():
             spine.set_visible(False)
     figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside lower center", frameon=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / "toy.png")
+    with naming("create", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, folder / "toy.png")
     plt.close(figure)
     return "; ".join(sentences) + f" (R < {VULNERABLE}); {folder / 'toy.png'}"
 

@@ -1,5 +1,6 @@
 """Datasets by name: `load_data(name, data_dir)`. A new dataset is one load function and one entry in DATASETS."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from data.cifar import load_cifar10, load_cifar100
 from data.digits import load_digits
 from data.files import Split, digest
-from data.generated import Auxiliary, load_auxiliary
+from data.generated import Auxiliary, content_of, load_auxiliary
 from data.loader import Loader, balanced_subset, first_examples, is_sorted, random_generator, to_input
 from data.tiny_imagenet import load_tiny_imagenet
 
@@ -22,7 +23,9 @@ __all__ = [
     "Loader",
     "Split",
     "balanced_subset",
+    "content_of",
     "digest",
+    "find_data_dir",
     "first_examples",
     "hold_out",
     "is_sorted",
@@ -31,6 +34,8 @@ __all__ = [
     "to_input",
 ]
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_DATA_DIR = Path(__file__).parent
 
 
@@ -38,7 +43,8 @@ class DatasetInfo(NamedTuple):
     """What there is to know of a dataset before it is loaded.
 
     mean, std: of the training pixels in [0,1], per channel. held_out: how much of the training set `hold_out` keeps
-    for validation: the first so many images, or (a float) a seeded random fraction.
+    for validation: the first so many images, or (a float) a seeded random fraction. folder: where the prepared files
+    train.npz and test.npz lie, below --data-dir; None where nothing is prepared.
     """
 
     num_classes: int
@@ -47,12 +53,17 @@ class DatasetInfo(NamedTuple):
     std: tuple[float, float, float]
     held_out: int | float
     load: Callable[..., tuple[Split, Split]]
+    folder: str | None = None
 
 
 DATASETS = {
-    "cifar10": DatasetInfo(10, 32, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 1024, load_cifar10),
-    "cifar100": DatasetInfo(100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 1024, load_cifar100),
-    "tiny-imagenet": DatasetInfo(200, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), 0.1, load_tiny_imagenet),
+    "cifar10": DatasetInfo(10, 32, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), 1024, load_cifar10, "cifar-10"),
+    "cifar100": DatasetInfo(
+        100, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), 1024, load_cifar100, "cifar-100"
+    ),
+    "tiny-imagenet": DatasetInfo(
+        200, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821), 0.1, load_tiny_imagenet, "tiny-imagenet-200"
+    ),
     "digits": DatasetInfo(10, 32, (0.3053, 0.3053, 0.3053), (0.3238, 0.3238, 0.3238), 200, load_digits),
 }
 
@@ -72,6 +83,25 @@ def load_data(
     Raises ValueError (unknown name, unusable file) or OSError (no source answers, no permission) in one line.
     """
     return _info(name).load(data_dir, download=download)
+
+
+def find_data_dir(name: str, stored: str | os.PathLike | None) -> Path:
+    """Where dataset `name` lies for a run that had it below `stored`: there if its prepared files are there still.
+
+    Else below the default folder if they are there, with a warning; else `stored` if there is such a folder at all. A
+    folder that is gone is not made again.
+    """
+    stored = None if stored is None else Path(stored)
+
+    def is_prepared(place: Path) -> bool:
+        folder = _info(name).folder
+        return folder is None or all((place / folder / f"{part}.npz").is_file() for part in ("train", "test"))
+
+    if stored is not None and stored.is_dir() and (is_prepared(stored) or not is_prepared(DEFAULT_DATA_DIR)):
+        return stored
+    if stored is not None and _info(name).folder is not None:
+        logger.warning("%s is no longer in %s; looking in %s (else: --data-dir)", name, stored, DEFAULT_DATA_DIR)
+    return DEFAULT_DATA_DIR
 
 
 def hold_out(split: Split, name: str, seed: int) -> tuple[Split, Split]:

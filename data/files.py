@@ -197,7 +197,7 @@ def preparing(folder: str | os.PathLike) -> Iterator[Path]:
     wanted have come into being.
     """
     folder = Path(folder)
-    with naming("prepare data in", folder):
+    with naming("prepare data (elsewhere: --data-dir, --cache-dir) in", folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lock = take_lock(folder / ".lock")

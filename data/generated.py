@@ -27,7 +27,7 @@ from data.files import (
     read_chunks,
     read_npy_header,
 )
-from storage.files import naming, replacing
+from storage.files import FileError, naming, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +92,22 @@ def load_auxiliary(
         labels = _read_labels(archive, label, num_classes)
         if image.compressed:
             folder = Path(cache_dir or path.parent) / f"{path.name}.converted"
-            images_path, offset = _convert(archive, image, folder)
+            try:
+                images_path, offset = _convert(archive, image, folder)
+            except FileError as error:
+                raise DataFileError(
+                    f"{error}; {path} is compressed: its copy can go elsewhere (--cache-dir)"
+                ) from error
         else:
             images_path, offset = path, _data_offset(path, image)
     return Auxiliary(images_path, offset, image_shape, labels)
+
+
+def content_of(path: str | os.PathLike) -> str:
+    """What tells generated data wherever the file lies: sizes and CRC-32 of its arrays, from the zip's directory."""
+    with open_npz(path) as archive:
+        members = [find_member(archive, key).info for key in ("image", "label")]
+    return "/".join(f"{info.file_size}-{info.CRC:08x}" for info in members)
 
 
 def _read_labels(archive: zipfile.ZipFile, member: Member, num_classes: int) -> np.ndarray:

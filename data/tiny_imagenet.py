@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.download import download
 from data.files import DataFileError, Split, is_bad_content, preparing, read_split, write_split
-from storage.files import one_line
+from storage.files import describe_content, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -138,12 +138,14 @@ def _open_source(source: Path) -> Iterator[tuple[list[str], Read]]:
             with open(source / name, "rb") as stream:
                 return stream.read(FILE_LIMIT + 1)
 
-        yield names, read_file
+        yield [name for name in names if not _is_litter(name)], read_file
         return
 
     with zipfile.ZipFile(source) as archive:
         members = {}
         for info in archive.infolist():
+            if _is_litter(info.filename):
+                continue
             parts = PurePosixPath(info.filename).parts
             if info.filename.startswith("/") or ".." in parts or "\\" in info.filename:
                 raise DataFileError(f"{source}: refused: it holds a path that leaves its folder, {info.filename!r}")
@@ -158,6 +160,12 @@ def _open_source(source: Path) -> Iterator[tuple[list[str], Read]]:
         yield list(members), read_member
 
 
+def _is_litter(name: str) -> bool:
+    """Whether a file is what macOS leaves beside others."""
+    parts = PurePosixPath(name).parts
+    return "__MACOSX" in parts or bool(parts) and (parts[-1].startswith("._") or parts[-1] == ".DS_Store")
+
+
 def _decode(source: Path) -> tuple[Split, Split]:
     """Read both splits out of a zip or a folder."""
     try:
@@ -168,6 +176,9 @@ def _decode(source: Path) -> tuple[Split, Split]:
     except Exception as error:
         if not is_bad_content(error) or str(error).startswith(str(source)):
             raise
+        is_other = source.is_file() and not zipfile.is_zipfile(source)
+        if what := describe_content(source) if is_other else None:
+            raise DataFileError(f"{source}: not Tiny-ImageNet-200's zip but {what}") from error
         raise DataFileError(f"{source}: damaged or not Tiny-ImageNet-200 ({one_line(error)})") from error
 
 
@@ -207,7 +218,7 @@ def _read_text(read: Read, names: set[str], name: str) -> str:
     content = read(name)
     if len(content) > FILE_LIMIT:
         raise DataFileError(f"{name} is larger than {FILE_LIMIT} bytes")
-    return content.decode()
+    return content.decode().removeprefix("\ufeff")
 
 
 def _decode_split(files: list[tuple[str, str]], label_of: dict[str, int], read: Read, what: str) -> Split:

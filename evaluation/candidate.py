@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from data import DEFAULT_DATA_DIR, Split, balanced_subset, is_sorted, load_data
+from data import Split, balanced_subset, find_data_dir, is_sorted, load_data
 from experiment.build import build_model
 from experiment.weights import model_settings, read_weights
 from models.weights import load_weights
@@ -73,7 +73,7 @@ def leading(test: Split, n: int) -> tuple[Split, str]:
 
 def load_test(candidate: Candidate, data_dir: str | None) -> Split:
     """The test set of a checkpoint: below `data_dir`, or where it was trained from if that is there."""
+    name, stored = candidate.identity["dataset"], candidate.settings.get("data_dir")
     if data_dir is None:
-        trained_from = candidate.settings.get("data_dir")
-        data_dir = trained_from if isinstance(trained_from, str) and Path(trained_from).is_dir() else DEFAULT_DATA_DIR
-    return load_data(candidate.identity["dataset"], data_dir)[1]
+        data_dir = find_data_dir(name, stored if isinstance(stored, str) else None)
+    return load_data(name, data_dir)[1]

@@ -45,8 +45,11 @@ class Data(NamedTuple):
     generated: dict[str, Any]
 
 
-def load_splits(settings: dict[str, Any]) -> Data:
-    """The images that the settings ask for. Raises ValueError where they ask for more than there are."""
+def load_splits(settings: dict[str, Any], *, generated_too: bool = True) -> Data:
+    """The images that the settings ask for. Raises ValueError where they ask for more than there are.
+
+    generated_too: whether generated data is opened, which only training needs.
+    """
     train, _ = load_data(settings["dataset"], settings["data_dir"])
     epoch_size = len(train.labels)
     train, validation = hold_out(train, settings["dataset"], settings["seed"])
@@ -59,10 +62,11 @@ def load_splits(settings: dict[str, Any]) -> Data:
     if size is not None and size > len(validation.labels):
         raise ValueError(f"--validation-size {size}: only {len(validation.labels)} images are held out")
     generated = {}
-    if settings["aux_data_filename"] is not None:
+    if settings["aux_data_filename"] is not None and generated_too:
         info = DATASETS[settings["dataset"]]
         shape = (info.image_size, info.image_size, 3)
-        auxiliary = load_auxiliary(settings["aux_data_filename"], image_shape=shape, num_classes=info.num_classes)
+        kind = {"image_shape": shape, "num_classes": info.num_classes, "cache_dir": settings["cache_dir"]}
+        auxiliary = load_auxiliary(settings["aux_data_filename"], **kind)
         # The held-out images count for the length of an epoch, as in the paper.
         steps = math.ceil(epoch_size / settings["batch_size"])
         generated = {"auxiliary": auxiliary, "auxiliary_fraction": settings["unsup_fraction"], "steps_per_epoch": steps}

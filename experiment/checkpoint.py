@@ -112,7 +112,7 @@ def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any
         # Of damaged bytes and hostile pickles the readers make errors of any type.
         except Exception as error:
             reason = str(error) if isinstance(error, FileError) else _reason(error)
-            what = describe_content(path)
+            what = None if reason.startswith("refused") else describe_content(path)
             raise FileError(f"{path}: " + (f"not a checkpoint but {what}" if what else reason)) from error
     return state
 

@@ -205,30 +205,31 @@ class Experiment(contextlib.AbstractContextManager):
         for name, value in row.items():
             if not isinstance(value, bool | int | float | str | None):
                 raise TypeError(f"metric {name!r} is a {type(value).__name__}, not a plain value")
-        columns, rows = self._read_rows()
+        columns, rows, _ = self._read_rows()
         self._write_rows([*columns, *(name for name in row if name not in columns)], [*rows, row])
 
     def truncate_metrics(self, keep: int | Callable[[dict[str, Any]], bool]) -> int:
-        """Keep the first `keep` rows, or those for which `keep(row)` is true, no torn one; returns how many went."""
+        """Keep the first `keep` rows, or those for which `keep(row)` is true; returns how many whole ones went."""
         self._require("train")
-        columns, rows = self._read_rows()
+        columns, rows, whole = self._read_rows()
         kept = rows[:keep] if isinstance(keep, int) else [row for row in rows if keep(_numbers(row))]
         if (self.folder / "metrics.csv").exists():
             self._write_rows(columns, kept)
-        return len(rows) - len(kept)
+        return whole - min(whole, len(kept))
 
     def read_metrics(self) -> list[dict[str, int | float | str | None]]:
-        """The complete rows of metrics.csv, numbers as numbers and blanks as None; none where there is no file yet."""
+        """The rows of metrics.csv but a torn one, numbers as numbers, blanks as None; none without a file."""
         return [_numbers(row) for row in self._read_rows()[1]]
 
-    def _read_rows(self) -> tuple[list[str], list[dict[str, str]]]:
+    def _read_rows(self) -> tuple[list[str], list[dict[str, str]], int]:
+        """The columns, the rows, and how many of them end in a line end, which the last may lack and nothing else."""
         path = self.folder / "metrics.csv"
         text = read_text(path) if path.exists() else ""
+        end = max(text.rfind("\n"), text.rfind("\r")) + 1
         try:
-            lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), strict=True))
+            lines = _csv_lines(text[:end])
         except csv.Error as error:
             raise FileError(f"cannot read {path}: {error}") from error
-        lines = [line for line in lines if line]  # Some programs leave an empty one at the end.
         columns = lines[0] if lines else []
         separators = [name for name, mark in (("semicolons", ";"), ("tabs", "\t")) if any(mark in c for c in columns)]
         if separators:
@@ -238,7 +239,10 @@ class Experiment(contextlib.AbstractContextManager):
         for number, line in enumerate(lines, start=1):
             if len(line) != len(columns) or len(set(columns)) != len(columns):
                 raise FileError(f"{path}: row {number} does not fit the {len(columns)} columns of the first")
-        return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:]]
+        whole = max(len(lines) - 1, 0)
+        with contextlib.suppress(csv.Error):
+            lines += [line for line in _csv_lines(text[end:]) if len(line) == len(columns)]
+        return columns, [dict(zip(columns, line, strict=True)) for line in lines[1:]], whole
 
     def _write_rows(self, columns: list[str], rows: list[Mapping[str, Any]]) -> None:
         text = io.StringIO()
@@ -320,6 +324,11 @@ def is_checkpoint_of_its_folder(path: Path) -> bool:
         return {"dataset", "method", "model"} <= Experiment.open(path.parent).settings.keys()
     except FileError:
         return False
+
+
+def _csv_lines(text: str) -> list[list[str]]:
+    # Some programs leave an empty line at the end.
+    return [line for line in csv.reader(io.StringIO(text, newline=""), strict=True) if line]
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, int | float | str | None]:

@@ -192,6 +192,9 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--aux-data-filename", metavar="FILE.npz", type=path, default=None, help="with `image` and `label`; any size"
     )
+    g.add_argument("--cache-dir", type=path, default=None, help="for the copy of a compressed one (beside the file)")
+    # Which file it was, for when it has moved; filled in when a run begins.
+    g.add_argument("--aux-data-content", default=None, help=argparse.SUPPRESS)
     g.add_argument("--unsup-fraction", type=number(least=0, most=1), default=0.7, help="generated share of a batch")
 
     g = p.add_argument_group("the run")
@@ -240,14 +243,15 @@ LENGTHS = ("r0", "init_radius", "attack_eps", "attack_step")
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
-PLACE += ("tf32", "compile", "cuda_graphs")
+PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content")
 # Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0}
-LATER |= {"rules": 1, "pretrained_weights": None}
+LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
 # The released search ends some 5 % beyond the boundary, the fast one at it. Trained on its points as they are, models
-# are a little more accurate and a little less robust (README, "What a step costs"); trained 5 % beyond them, alike.
+# are a little more accurate and a little less robust (docs/results.md); trained 5 % beyond them, alike.
 OVERSHOOT = {"fast": 0.05, "fab": 0.0}
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
+NULLABLE |= {"cache_dir", "aux_data_content"}
 NULLABLE |= {"mean", "std", "pretrained", "pretrained_weights", "aux_data_filename", "checkpoint_minutes"}
 
 # --- Settings: flags and recipe resolved, as they stand in args.yaml --------------------------------------------------
@@ -391,7 +395,8 @@ def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, A
     spec: dict[str, Any] = {}
     for name, value in resolve({}).items():
         kind = float if value is None else type(value)
-        kind = str if name in ("pretrained", "pretrained_weights", "aux_data_filename") else kind
+        texts = ("pretrained", "pretrained_weights", "aux_data_filename", "aux_data_content", "cache_dir")
+        kind = str if name in texts else kind
         kind = int if name in ("train_subset", "search_steps", "validation_size") else kind
         kind = list if name in ("mean", "std") else kind
         spec[name] = (kind, type(None)) if name in NULLABLE else kind

@@ -6,6 +6,7 @@ For train.py. What is wrong with a checkpoint that does not fit its run is a Fil
 import math
 import random
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from data import Loader
+from data import Loader, content_of, find_data_dir
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
 from experiment.build import Stage, stages_of
@@ -163,28 +164,53 @@ def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experi
     or do not fit each other, and for flags that would change what is trained.
     """
     experiment = Experiment.open(folder, lock=None if dry_run else "train", echo=tqdm.write)
+    try:
+        return experiment, *_to_go_on_with(experiment, given)
+    except BaseException:
+        experiment.close()
+        raise
+
+
+def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[str, Any], Loaded | None]:
     stored = check_stored(experiment.settings, experiment.folder / "args.yaml")
     given = with_lengths(given, stored["norm"])
-    for name in given.keys() - {"epochs", *PLACE, *ACTIONS}:
+    moved = moved_data(given, stored, experiment)
+    for name in given.keys() - {"epochs", *PLACE, *ACTIONS} - moved.keys():
         if given[name] != stored[name]:
             flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {given[name]}: {folder} runs with {stored[name]}, and --resume cannot change it")
-    check_metrics(experiment)
+            raise ValueError(
+                f"{flag} {given[name]}: {experiment.folder} runs with {stored[name]}, and --resume cannot change it"
+            )
     loaded = experiment.load_latest()
     if loaded is not None:
         check_place(loaded, stored)
-    settings = stored | {name: value for name, value in given.items() if name in {"epochs", *PLACE}}
+    settings = stored | {name: value for name, value in given.items() if name in {"epochs", *PLACE}} | moved
+    if "data_dir" not in given:
+        settings["data_dir"] = str(find_data_dir(stored["dataset"], stored["data_dir"]))
     if settings["epochs"] != stored["epochs"]:
         scheduler, epochs = stored["scheduler"], settings["epochs"]
         if not SCHEDULES[scheduler].extendable:
             raise ValueError(
-                f"--epochs {epochs}: the {scheduler} schedule of {folder} was laid out for {stored['epochs']} epochs; "
-                "only constant ones can be extended"
+                f"--epochs {epochs}: the {scheduler} schedule of {experiment.folder} was laid out for "
+                f"{stored['epochs']} epochs; only constant ones can be extended"
             )
         done = 0 if loaded is None else loaded.state["progress"]["epoch"] - stored["burn_in_epochs"]
         if epochs < done:
             raise ValueError(f"--epochs {epochs}: {done} epochs are finished already")
-    return experiment, settings, loaded
+    return settings, loaded
+
+
+def moved_data(given: Mapping[str, Any], stored: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """The settings of generated data that lies elsewhere now. Raises ValueError where it is not the data of the run."""
+    path = given.get("aux_data_filename")
+    if path is None or stored["aux_data_filename"] in (None, path):
+        return {}
+    content, known = content_of(path), stored["aux_data_content"]
+    if known not in (None, content):
+        raise ValueError(f"--aux-data-filename {path}: its arrays ({content}) are not those of the run ({known})")
+    if known is None:
+        tqdm.write(f"{experiment.folder} does not know which generated data it had: {path} is taken for it")
+    return {"aux_data_filename": path, "aux_data_content": content}
 
 
 def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
@@ -194,7 +220,7 @@ def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
     if not isinstance(state.get("settings"), dict):
         raise FileError(f"{path}: no settings in it")
     theirs = upgraded(state["settings"])
-    may_differ = {*PLACE, "epochs"} if SCHEDULES[settings["scheduler"]].extendable else {*PLACE}
+    may_differ = {*PLACE, "aux_data_filename"} | ({"epochs"} if SCHEDULES[settings["scheduler"]].extendable else set())
     for name in settings.keys() - may_differ:
         if name not in theirs or theirs[name] != settings[name]:
             raise FileError(

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from experiment import flags
 from experiment.folder import Experiment
-from storage.files import FileError, read_json
+from storage.files import FileError, naming, read_json, replacing
 
 # Okabe and Ito's colours, which people tell apart whatever their sight.
 MODELS = {"burn_in.pt": ("burn-in", "#D55E00", "s"), "best.pt": ("DyART", "#0072B2", "o")}
@@ -67,7 +67,8 @@ def draw(rows: list[dict], attack: str, table: dict[str, dict[float, float]], re
     robust.set_ylim(0, None)
     robust.legend()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with naming("write", path), replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def main() -> int:

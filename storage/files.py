@@ -89,13 +89,25 @@ def describe_content(path: str | os.PathLike) -> str | None:
         return "a web page: the download was answered by a page, for a log-in or an error perhaps"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
-    if head.startswith(b"PK") and zipfile.is_zipfile(path):
+    if head.startswith(b"PK"):
+        return _describe_zip(path)
+    is_pickle = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
+    is_torch = head[2:14] == b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"  # the magic number of torch's older format
+    return "a pickle that torch.save did not write" if is_pickle and not is_torch else None
+
+
+def _describe_zip(path: str | os.PathLike) -> str | None:
+    try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-        if names and all(name.endswith(".npy") for name in names):
-            return "NumPy arrays (.npz)"
-        return None if any(name.endswith("data.pkl") for name in names) else "a zip archive: unpack it first"
-    return None
+    except Exception:  # Of damaged directories zipfile makes errors of any type.
+        return None
+    last = {name.rpartition("/")[2] for name in names}
+    if names and all(name.endswith(".npy") for name in names):
+        return "NumPy arrays (.npz)"
+    if "constants.pkl" in last:
+        return "a TorchScript archive: save its state_dict() by torch.save"
+    return None if "data.pkl" in last else "a zip archive: unpack it first"
 
 
 def is_safetensors(path: str | os.PathLike) -> bool:
@@ -142,8 +154,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_bytes` of UTF-8 text."""
-    write_bytes(path, text.encode())
+    """`write_bytes` of text as `utf8` makes it."""
+    write_bytes(path, utf8(text))
+
+
+def utf8(text: str) -> bytes:
+    """Text in UTF-8, whatever the locale; bytes in the names of files that are no UTF-8 become escapes.
+
+    In a locale without UTF-8, Python holds the bytes of such names as surrogates.
+    """
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace").encode()
 
 
 def sync_folder(folder: Path) -> None:

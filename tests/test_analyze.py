@@ -178,6 +178,8 @@ def test_one_line_for_what_cannot_be_analysed(folder, tmp_path, capsys):
     assert "or --toy" in refused(str(folder), "--toy")
     assert "no such experiment folder" in refused(str(tmp_path / "nowhere"))
     assert "best2.pt" in refused(str(folder), "--checkpoint", "best2.pt")
+    (tmp_path / "file").touch()
+    assert "--output-dir" in refused(str(folder), "--output-dir", str(tmp_path / "file"), "--device", "cpu")
     assert "'0' is not a whole number at least 1" in refused(str(folder), "--examples", "0")
     assert "--examples 41: the model classifies only" in refused(str(folder), "--examples", "41", "--device", "cpu")
     best = str(folder / "best.pt")

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from evaluations import SETTINGS, contents, new_model, two_checkpoints
+from safetensors.torch import save_file
 
 import eval as eval_script
 from data import DATASETS
 from evaluation.candidate import load_candidate
 from experiment.checkpoint import save_checkpoint
 from models import create_model
+from storage.files import read_json
 
 # Where others keep an average, beside the trained weights.
 AVERAGES = [
@@ -170,6 +172,17 @@ def test_flags_set_the_normalization_of_a_file_that_does_not_say(tmp_path, given
     torch.testing.assert_close(candidate.model(x), theirs(x), rtol=0, atol=0)
     assert candidate.identity["normalize"] is built.get("normalize", True)
     assert candidate.identity["std"] == (None if given.get("normalize") is False else list(built["std"]))
+
+
+def test_safetensors_are_evaluated_as_any_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(new_model(0).state_dict(), path)
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(load_candidate(path, None, GIVEN).model(x), new_model(0)(x), rtol=0, atol=0)
+    given = ["--model", "wrn-10-1-swish", "--dataset", "digits", "--n", "2", "--eps", "20", "--version", "custom"]
+    assert eval_script.main([str(path), "--device", "cpu", *given]) == 0
+    (record,) = read_json(tmp_path / "model.safetensors.autoattack.json")
+    assert (record["checkpoint"], record["weights"], record["n"]) == ("model.safetensors", "only", 2)
 
 
 def test_a_file_of_ours_is_not_taken_for_another_model(tmp_path):

@@ -352,6 +352,8 @@ def in_zip(**members: bytes) -> bytes:
         (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file, as Keras writes it"),
         (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
         (in_zip(weights__bin=b"x"), "a zip archive: unpack it first"),
+        (in_zip(data__pkl=b"x", constants__pkl=b"x"), "a TorchScript archive: save its state_dict"),
+        (pickle.dumps({"a": 1}), "a pickle that torch.save did not write"),
         (in_zip(image__npy=b"x", label__npy=b"x"), "NumPy arrays"),
     ],
 )
@@ -362,6 +364,15 @@ def test_a_file_of_another_kind_is_told_for_what_it_is(
     (tmp_path / "a.pt").write_bytes(content)
     with refused(f"a.pt: not a checkpoint but {what}", tmp_path / "a.pt"):
         load_checkpoint(tmp_path / "a.pt", foreign=foreign)
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_a_zip_with_a_damaged_directory_is_refused_in_one_line(tmp_path: Path, foreign: bool) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.zeros(2)}, path)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x03"))
+    with refused("not a checkpoint, or a damaged one", path):
+        load_checkpoint(path, foreign=foreign)
 
 
 def test_safetensors_are_read_and_damaged_ones_refused(tmp_path: Path) -> None:

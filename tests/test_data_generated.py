@@ -5,16 +5,18 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from folders import unprivileged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data import load_auxiliary
+from data import content_of, load_auxiliary
 from data.files import DataFileError
 from tests.test_data_files import apply, damage
 
@@ -231,3 +233,23 @@ def test_memory_does_not_grow_with_the_file(tmp_path, capsys):
     for path in tmp_path.rglob("*.np[yz]"):
         path.unlink()  # pytest keeps the folders of three runs
     assert grown < allowed
+
+
+def test_what_tells_a_file_stays_where_it_goes_and_changes_with_its_content(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        np.savez(tmp_path / f"{name}.npz", **arrays(seed=seed))
+    a, b, c = (content_of(tmp_path / f"{name}.npz") for name in "abc")
+    assert a == b != c
+
+
+def test_where_a_copy_cannot_be_written_another_place_is_named():
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        np.savez_compressed(Path(root) / "a.npz", **arrays())
+        os.chmod(Path(root) / "a.npz", 0o644)
+        with unprivileged():
+            with pytest.raises(DataFileError, match="Permission denied.*a.npz is compressed: .*--cache-dir"):
+                load(Path(root) / "a.npz")
+            with tempfile.TemporaryDirectory() as cache:
+                assert len(load(Path(root) / "a.npz", cache_dir=cache)) == 50
+                assert list(Path(cache).rglob("*.npy"))

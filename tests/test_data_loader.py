@@ -7,8 +7,21 @@ from PIL import Image
 from sklearn.datasets import load_digits as load_sklearn_digits
 from torchvision.transforms.functional import to_tensor
 
-from data import DATASETS, Loader, Split, balanced_subset, hold_out, load_data, to_input
+from data import (
+    DATASETS,
+    Loader,
+    Split,
+    balanced_subset,
+    digest,
+    find_data_dir,
+    first_examples,
+    hold_out,
+    is_sorted,
+    load_data,
+    to_input,
+)
 from data.loader import crop_and_flip, random_generator
+from experiment.build import sample
 
 
 def random_split(n: int, size: int = 8, classes: int = 10, seed: int = 0) -> Split:
@@ -238,3 +251,53 @@ def test_means_and_deviations_of_digits():
     pixels = load_data("digits")[0].images.double() / 255
     assert torch.allclose(pixels.mean((0, 1, 2)), torch.tensor(DATASETS["digits"].mean).double(), atol=1e-4)
     assert torch.allclose(pixels.std((0, 1, 2)), torch.tensor(DATASETS["digits"].std).double(), atol=1e-4)
+
+
+def test_the_first_examples_of_a_sorted_split_are_of_all_its_classes():
+    shuffled = random_split(400)
+    order = shuffled.labels.argsort()
+    in_order = Split(shuffled.images[order], shuffled.labels[order])
+    assert not is_sorted(shuffled) and is_sorted(in_order)
+    assert torch.equal(first_examples(shuffled, 20, 0).images, shuffled.images[:20])
+    chosen = first_examples(in_order, 20, 0)
+    assert chosen.labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert torch.equal(chosen.images, first_examples(in_order, 20, 0).images)
+    assert not torch.equal(chosen.images, first_examples(in_order, 20, 1).images)
+
+
+def test_held_out_images_of_a_sorted_set_are_judged_by_class_balanced_ones():
+    """Tiny-ImageNet's are sorted by class: 256 first ones are of a few classes, and as many as those of all."""
+    labels = torch.arange(200).repeat_interleave(50)
+    split = Split(torch.zeros(len(labels), 1, 1, 3, dtype=torch.uint8), labels)
+    _, validation = hold_out(split, "tiny-imagenet", 0)
+    for rules, classes in ((1, 60), (2, 200)):
+        number = len(sample(validation, 256, {"rules": rules, "seed": 0}).labels.unique())
+        assert number < classes if rules == 1 else number == classes
+
+
+def test_a_digest_tells_images_and_labels():
+    split = random_split(5)
+    others = [Split(split.images.flip(0), split.labels), Split(split.images, split.labels + 1)]
+    others += [Split(split.images[:4], split.labels[:4])]
+    assert len({digest(split), *map(digest, others)}) == 4
+    assert digest(split) == digest(Split(split.images.clone(), split.labels.clone()))
+
+
+def test_data_is_looked_for_where_its_prepared_files_are(tmp_path, monkeypatch, caplog):
+    default, stored = tmp_path / "default", tmp_path / "stored"
+    monkeypatch.setattr("data.DEFAULT_DATA_DIR", default)
+
+    def prepare(place):
+        (place / "cifar-10").mkdir(parents=True)
+        for part in ("train", "test"):
+            (place / "cifar-10" / f"{part}.npz").touch()
+
+    assert find_data_dir("cifar10", stored) == default and not stored.exists()
+    assert "--data-dir" in caplog.text
+    stored.mkdir()
+    assert find_data_dir("cifar10", stored) == stored  # made ready for it, perhaps
+    prepare(default)
+    assert find_data_dir("cifar10", stored) == default
+    prepare(stored)
+    assert find_data_dir("cifar10", stored) == stored
+    assert find_data_dir("cifar10", None) == default

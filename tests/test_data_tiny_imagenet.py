@@ -323,3 +323,31 @@ def test_real_images(tmp_path):
         names = [name for name in archive.namelist() if f"train/{first}/images/" in name and name.endswith("JPEG")]
         expected = [np.asarray(Image.open(archive.open(name)).convert("RGB")) for name in sorted(names)]
     assert np.array_equal(train.images[:25], expected)
+
+
+def test_what_other_systems_leave_beside_or_in_front_is_passed_over(source, prepared, tmp_path):
+    """macOS's ._* files, .DS_Store and __MACOSX, and a byte order mark in the lists."""
+    files = dict(official_files())
+    for name in ("wnids.txt", "val/val_annotations.txt"):
+        files[name] = b"\xef\xbb\xbf" + files[name]
+    first = next(name for name in files if name.startswith("train/"))
+    litter = [f"{first.rpartition('/')[0]}/._{first.rpartition('/')[2]}", "val/images/.DS_Store", "._wnids.txt"]
+    path = write_zip(tmp_path / "a.zip", files | dict.fromkeys(litter, b"litter"))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("__MACOSX/tiny-imagenet-200/._train", b"litter")
+    tiny_imagenet.prepare(tmp_path / "zip", path)
+    assert made(tmp_path / "zip") == prepared
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path)
+    tiny_imagenet.prepare(tmp_path / "folder", tmp_path / ROOT)
+    assert made(tmp_path / "folder") == prepared
+
+
+def test_a_page_or_a_pointer_is_told_for_what_it_is(tmp_path):
+    path = tmp_path / "tiny-imagenet-200.zip"
+    for content, what in [
+        (b"<!doctype html><title>404", "a web page"),
+        (b"version https://git-lfs.gi", "git lfs pull"),
+    ]:
+        path.write_bytes(content)
+        refuse(tmp_path, path, f"not Tiny-ImageNet-200's zip but .*{what}")

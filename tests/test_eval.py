@@ -31,7 +31,7 @@ from evaluations import (
 )
 
 import eval as eval_script
-from data import load_data, to_input
+from data import Split, digest, load_data, to_input
 from evaluation import attack, candidate
 from evaluation.results import Results
 from experiment.folder import Experiment
@@ -248,3 +248,42 @@ def test_the_paper_script_passes_flags_on_from_any_directory(tmp_path):
     settings_ = yaml.safe_load(ran.stdout)
     assert settings_.items() >= {"target": "some/run", "n": 5, "version": "standard"}.items()
     assert settings_["eps"] == ["2/255", "4/255", "8/255", "12/255", "16/255"]
+
+
+def test_an_evaluation_follows_the_norm_of_its_run(tmp_path, capsys):
+    settings_ = SETTINGS | {"norm": "L2", "method": "dyart"}
+    with Experiment.create(tmp_path, "run", settings_, echo=lambda message: None) as experiment:
+        experiment.save_best({"settings": settings_, "epoch": 1, "average": new_model(0).state_dict()})
+    folder = str(tmp_path / "run")
+    for argv, norm, eps in [
+        ([], "L2", ["0.5"]),
+        (["--eps", "paper"], "L2", ["0.25", "0.5", "0.75", "1"]),
+        (["--norm", "Linf"], "Linf", ["8/255"]),
+    ]:
+        shown = parsed(folder, *argv, capsys=capsys)
+        assert (shown["norm"], shown["eps"]) == (norm, eps)
+    flags = ["--n", "4", "--version", "custom", "--device", "cpu"]
+    assert eval_script.main([folder, *flags]) == 0
+    assert eval_script.main([folder, *flags, "--norm", "Linf", "--eps", "20"]) == 0
+    records = json.loads((tmp_path / "run" / "autoattack.json").read_text())
+    assert [(record["norm"], record["eps_text"]) for record in records] == [("L2", "0.5"), ("Linf", "20/255")]
+    assert "best.pt: trained in L2, attacked in Linf (--norm)" in (tmp_path / "run" / "eval.log").read_text()
+
+
+def test_some_images_of_a_sorted_test_set_are_of_all_classes(folder, monkeypatch):
+    test = load_data("digits")[1]
+    order = test.labels.argsort()
+    in_order = Split(test.images[order], test.labels[order])
+    monkeypatch.setattr("evaluation.candidate.load_data", lambda *_: (None, in_order))
+    evaluated = []
+
+    def evaluate_all(tasks, *_):
+        evaluated.extend(tasks)
+        return []
+
+    monkeypatch.setattr(eval_script, "evaluate_all", evaluate_all)
+    assert eval_script.main([str(folder), "--n", "20", "--eps", "8", "--device", "cpu"]) == 0
+    (task,) = evaluated
+    assert task.identity["images"] == "balanced" and len(task.test.labels) == 400
+    assert task.test.labels[:20].bincount(minlength=10).tolist() == [2] * 10
+    assert task.identity["test_sha256"] == digest(Split(task.test.images[:20], task.test.labels[:20]))

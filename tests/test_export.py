@@ -21,8 +21,10 @@ from evaluation.candidate import sha256
 from experiment import settings
 from experiment.folder import Experiment
 from models import create_model
+from storage.files import FileError
 
 ROOT = Path(__file__).parents[1]
+PLAIN = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 MODEL = "wrn-16-1-swish"
 
 
@@ -177,14 +179,20 @@ def test_the_training_command_of_a_claim_resolves_to_the_runs_settings(argv):
 
 
 def test_in_a_locale_without_utf8_the_claim_is_written_and_told_of(tmp_path):
-    """Its text has an ε, and the folder's name an é."""
+    """Its text has an ε, and the names of folder and file an é."""
     folder = two_checkpoints(tmp_path / "é")
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, ROOT / "export.py", folder, tmp_path / "é" / "out.pt"]
-    done = subprocess.run(command, env=os.environ | plain, capture_output=True)
+    command = [sys.executable, ROOT / "export.py", folder, tmp_path / "é" / "é.pt"]
+    done = subprocess.run(command, env=os.environ | PLAIN, capture_output=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert rb"\udcc3\udca9/out.md" in done.stdout
-    assert "No claim can be made" in (tmp_path / "é" / "out.md").read_text(encoding="utf-8")
+    assert rb"\udcc3\udca9/\udcc3\udca9.md" in done.stdout
+    text = (tmp_path / "é" / "é.md").read_text(encoding="utf-8")
+    assert "No claim can be made" in text and "- Weights: `é.pt`" in text
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py"])
+def test_in_a_locale_without_utf8_the_flags_are_listed(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], env=os.environ | PLAIN, capture_output=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("failing", ["out.pt", "out.md"])
@@ -201,6 +209,22 @@ def test_a_full_disk_leaves_neither_half_nor_temporary_files(tmp_path, monkeypat
     error = refusal(capsys, str(folder), str(tmp_path / "out.pt"), main=export.main)
     assert f"cannot write {tmp_path / failing}: No space left on device" in error
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("failing", ["utf8", "write_torch"])
+def test_a_failure_with_force_leaves_the_old_pair(tmp_path, monkeypatch, failing):
+    folder = two_checkpoints(tmp_path)
+    for name in ("out.pt", "out.md"):
+        (tmp_path / name).write_text("old")
+
+    def fail(*_: Any) -> None:
+        raise FileError("cannot write: No space left on device")
+
+    monkeypatch.setattr(export, failing, fail)
+    with pytest.raises(FileError):
+        export.main([str(folder), str(tmp_path / "out.pt"), "--force"])
+    files = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert files == {"out.pt": "old", "out.md": "old"}
 
 
 def test_additional_data_is_named(folder):

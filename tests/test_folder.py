@@ -579,6 +579,19 @@ def test_a_run_cut_and_resumed_has_the_metrics_of_one_that_was_not(tmp_path: Pat
             assert (run.folder / "metrics.csv").read_bytes() == expected
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("last", [True, False])
+def test_metrics_keep_their_rows_whatever_ends_their_lines(tmp_path: Path, end: str, last: bool) -> None:
+    with new_experiment(tmp_path) as run:
+        path = run.folder / "metrics.csv"
+        path.write_bytes(end.join(["epoch,loss", "1,0.5", "2,0.25"]).encode() + end.encode() * last)
+        rows = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
+        assert run.read_metrics() == rows
+        run.truncate_metrics(lambda row: row["epoch"] <= 2)
+        run.append_metrics({"epoch": 3, "loss": 0.125})
+        assert run.read_metrics() == [*rows, {"epoch": 3, "loss": 0.125}]
+
+
 def test_metrics_that_lie_are_refused(tmp_path: Path) -> None:
     with new_experiment(tmp_path) as run:
         path = run.folder / "metrics.csv"

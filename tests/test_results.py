@@ -82,3 +82,39 @@ def test_damaged_results_are_refused_and_left_alone(tmp_path, text):
     with pytest.raises(ValueError, match=r"autoattack\.json: [^\n]+$"):
         eval_script.main([str(folder), "--n", "1", "--device", "cpu"])
     assert contents(folder) == before
+
+
+def test_other_test_images_are_another_evaluation(tmp_path, toy, digits):
+    """Also where an evaluation was interrupted: nothing of it goes on with the others."""
+    store = Results(tmp_path / "autoattack")
+    evaluate(toy, digits, tmp_path, test_sha256="1" * 64)
+    record = Results(tmp_path / "autoattack").records[0]
+    store = Results(tmp_path / "autoattack")
+    assert store.finished(identity(test_sha256="1" * 64)) == record
+    assert store.finished(identity(test_sha256="2" * 64)) is None
+    store.save({**identity(test_sha256="1" * 64), "date": "now"})
+    assert store.unfinished(identity(test_sha256="1" * 64)) is not None
+    assert store.unfinished(identity(test_sha256="2" * 64)) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "same"),
+    [
+        ({}, True),
+        ({"test_sha256": "1" * 64, "weights_key": "average", "images": "first"}, True),
+        ({"normalize": True, "mean": [0.5] * 3, "std": [0.25] * 3}, True),  # a Swish model normalized all the same
+        ({"images": "balanced"}, False),
+        ({"seed": 4}, False),
+        ({"sha256": "1" * 64}, False),
+    ],
+)
+def test_records_of_before_are_of_the_same_evaluation_in_what_they_say(now, same):
+    assert results.same_identity(identity(), identity() | now) is same
+    assert results.same_identity(identity() | now, identity()) is same
+
+
+def test_statistics_and_names_tell_evaluations_apart():
+    whole = identity(mean=[0.5] * 3, std=[0.25] * 3, weights_key="ema", images="first", test_sha256="1" * 64)
+    assert results.same_identity(whole, dict(whole))
+    for other in ({"std": [0.2] * 3}, {"weights_key": "model"}, {"normalize": True}, {"test_sha256": "2" * 64}):
+        assert not results.same_identity(whole, whole | other)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from hypothesis import strategies as st
 from runs import contents, differences, files, refusal, run_training, tiny
 from torch import nn
 
+import analyze
 import train
 from experiment.checkpoint import load_checkpoint, save_checkpoint
 from experiment.folder import Experiment
@@ -520,6 +522,47 @@ def test_rows_of_no_epoch_are_refused_and_kept(
     path.write_text("\n".join([header, epoch + "," + row.partition(",")[2], *rest, ""]))
     before = files(folder)
     assert "metrics.csv: row 1 has" in refusal(capsys, "--resume", str(folder))
+    assert files(folder) == before
+
+
+def test_generated_data_that_lies_elsewhere_now(
+    tmp_path: Path, generated_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there = tmp_path / "here.npz", tmp_path / "there.npz"
+    shutil.copy(generated_data, here)
+    argv = ["--method", "clean", "--epochs", "1", "--unsup-fraction", "0.5", "--aux-data-filename", str(here)]
+    assert run_training(*tiny(tmp_path, *argv)) == 0
+    folder = tmp_path / "run"
+    here.rename(there)
+    longer = ["--resume", str(folder), "--epochs", "2"]
+    assert f"--aux-data-filename {here}: no such file" in refusal(capsys, *longer)
+    with np.load(there) as arrays:
+        np.savez(tmp_path / "other.npz", image=arrays["image"] ^ 1, label=arrays["label"])
+    error = refusal(capsys, *longer, "--aux-data-filename", str(tmp_path / "other.npz"))
+    assert "its arrays" in error and "are not those of the run" in error
+    # Whoever does not train needs no generated data.
+    assert analyze.main([str(folder), "--examples", "1", "--methods", "clean", "--device", "cpu"]) == 0
+    assert run_training(*longer, "--aux-data-filename", str(there)) == 0
+    assert Experiment.open(folder).settings["aux_data_filename"] == str(there)
+    assert run_training("--resume", str(folder), "--epochs", "3") == 0
+
+
+def test_a_data_folder_that_vanished_is_not_made_again(tmp_path: Path, whole: Path) -> None:
+    folder = copied(whole, tmp_path)
+    gone = tmp_path / "scratch" / "data"
+    settings = Experiment.open(folder).settings | {"data_dir": str(gone)}
+    (folder / "args.yaml").write_text(yaml.safe_dump(settings))
+    assert run_training("--resume", str(folder)) == 0
+    assert analyze.main([str(folder), "--examples", "1", "--methods", "clean", "--device", "cpu"]) == 0
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_finished_run_needs_no_metrics(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    (folder / "metrics.csv").write_text("epoch;loss\n1;0,5\n")
+    before = files(folder)
+    assert run_training("--resume", str(folder)) == 0
     assert files(folder) == before
 
 

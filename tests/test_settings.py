@@ -63,6 +63,8 @@ CIFAR10 = {
     "validation_size": None,
     "validation_batch_size": 512,
     "aux_data_filename": None,
+    "cache_dir": None,
+    "aux_data_content": None,
     "unsup_fraction": 0.7,
     "save_every": 0,
     "track_dynamics": 0,
@@ -284,7 +286,7 @@ BAD = {
     "resume": [("missing", "no such experiment folder")],
     "resume_fname": [("a", "--resume True")],
 }
-FREE = {"data-dir", "help"}  # any folder may hold data, or is made to
+FREE = {"data-dir", "cache-dir", "aux-data-content", "help"}  # any folder may hold data, or is made to
 
 
 def test_every_flag_has_bad_values_here():
