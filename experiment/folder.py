@@ -321,7 +321,7 @@ def is_checkpoint_of_its_folder(path: Path) -> bool:
     if path.suffix != ".pt" or not (path.parent / "args.yaml").exists():
         return False
     try:
-        return {"dataset", "method", "model"} <= Experiment.open(path.parent).settings.keys()
+        return {"dataset", "model", "group_norm"} <= Experiment.open(path.parent).settings.keys()
     except FileError:
         return False
 

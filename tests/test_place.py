@@ -78,7 +78,7 @@ def test_without_permission_the_way_out_is_named(capsys):
 
 @pytest.mark.parametrize("name", ["weights.pth", "model_best.pth.tar", "weights.pt"])
 def test_a_file_beside_somebodys_args_yaml_is_a_bare_file(tmp_path, name):
-    (tmp_path / "args.yaml").write_text("model: resnet50\nlr: 0.1\n")  # as timm writes it
+    (tmp_path / "args.yaml").write_text("dataset: imagenet\nmodel: resnet50\nlr: 0.1\n")  # as timm writes it
     torch.save(new_model(0).state_dict(), tmp_path / name)
     flags = ["--model", "wrn-10-1-swish", "--dataset", "digits", "--n", "4", "--version", "custom", "--device", "cpu"]
     assert eval_script.main([str(tmp_path / name), *flags, "--eps", "20"]) == 0
