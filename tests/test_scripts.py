@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,14 +100,20 @@ def test_flags_are_passed_on_and_a_dry_run_makes_nothing(name, flags, expected, 
     assert [path.name for path in script.folder.iterdir()] == ["some.npz"]
 
 
-def test_the_figures_of_two_checkpoints_do_not_mix(script, tmp_path):
+def test_the_figures_of_two_checkpoints_do_not_mix(tmp_path):
     """Whatever is given beside: a stand-in for Python says how analyze.py is called."""
-    (tmp_path / "bin" / "python3").write_text('#!/bin/sh\necho "$@"\n')
-    (script.folder / "run").mkdir()
-    (script.folder / "run" / "burn_in.pt").touch()
-    for flags, figures in (("", "run/figures"), (" --output-dir there --seed 1", "there")):
-        status, output, error = script("analyze", "run" + flags)
-        assert status == 0, error
+    (tmp_path / "scripts").mkdir()
+    for name in ("analyze.sh", "common.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "burn_in.pt").touch()
+    for flags, figures in ((["run"], "run/figures"), (["run", "--output-dir", "there", "--seed", "1"], "there")):
+        command = ["bash", "scripts/analyze.sh", *flags]
+        output = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
         called = [shlex.split(line) for line in output.splitlines()]
         folders = [[words[i + 1] for i, word in enumerate(words) if word == "--output-dir"][-1] for words in called]
         assert folders == [f"{figures}/burn_in", figures]
