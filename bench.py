@@ -18,7 +18,6 @@ import torch
 
 from analysis.cost import bf16_rate, load_workload, measure_memory, measure_times
 from analysis.quality import measure_quality
-from data import DEFAULT_DATA_DIR
 from dyart.modes import PRECISIONS
 from dyart.projection import NORMS
 from evaluation.environment import device_name, versions
@@ -50,7 +49,7 @@ def build_parser() -> flags.Parser:
     flags.add_switch(g, "--channels-last", default=True, help="memory layout of images and weights")
     flags.add_switch(g, "--compile", default=False, help="torch.compile")
     flags.add_switch(g, "--cuda-graphs", default=False, help="on a GPU, replay the fast search from a graph")
-    g.add_argument("--data-dir", default=str(DEFAULT_DATA_DIR), help="where prepared datasets lie")
+    g.add_argument("--data-dir", default=None, help="where prepared datasets lie (where training took them from)")
     g.add_argument("--output", default=None, help="the file to write (results/bench-DEVICE.json)")
     return p
 

@@ -119,6 +119,9 @@ def main(argv: list[str] | None = None) -> int:
                 identity = {**candidate.identity, **what, **attack, "batch_size": args["batch_size"]}
                 known = None if again else results.finished(identity)
                 if known is None:
+                    if results.on_other_images(identity):
+                        what_for = f"{identity['checkpoint']} {norm} {text}"
+                        log(f"{what_for}: what was found before is of other test images; starting again")
                     tasks.append(Task(candidate.model, test, identity))
                 else:
                     log(f"{summary(known)}, as evaluated before (--again to do it again)")

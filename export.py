@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
     (checkpoint,) = named_checkpoints(folder, [args.checkpoint])
     candidate = load_candidate(checkpoint, args.weights)
-    text = claim(candidate.settings, Results(folder / "autoattack").records, candidate.identity, out)
+    text = claim(candidate.settings, Results(folder / "autoattack").current, candidate.identity, out)
     write_both(out, dict(candidate.model.state_dict()), text_file, text)
     print(f"weights  {out}\nclaim    {text_file}")
     return 0

@@ -11,7 +11,6 @@ import math
 import random
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Loader, Split, content_of, to_input
+from data import Loader, Split, to_input
 from dyart.attacks import pgd
 from dyart.averaging import WeightAverage, statistics_momentum
 from dyart.dynamics import negative_speed_share
@@ -28,7 +27,16 @@ from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.modes import batch_norm_momentum, mixed_precision
 from experiment import flags
-from experiment.build import Data, build_model, build_optimizer, load_splits, loss_options, sample, stages_of
+from experiment.build import (
+    Data,
+    build_model,
+    build_optimizer,
+    generated_content,
+    load_splits,
+    loss_options,
+    sample,
+    stages_of,
+)
 from experiment.folder import Experiment, Loaded
 from experiment.guards import Diverged, anomalies_detected, check_finite, finite_validation, skip_step
 from experiment.metrics import Meter, describe, peak_memory_mib
@@ -68,11 +76,7 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
     # A folder is made, or changed, only when everything that the run needs is there.
     if folder is not None:
         check_metrics(experiment)
-    if settings["aux_data_filename"] is not None:
-        if not Path(settings["aux_data_filename"]).is_file():
-            name = settings["aux_data_filename"]
-            raise FileNotFoundError(f"--aux-data-filename {name}: no such file; where it lies now can be said")
-        settings["aux_data_content"] = content_of(settings["aux_data_filename"])
+    settings["aux_data_content"] = generated_content(settings)
     data = load_splits(settings)
     run = prepare(settings, data, loaded)
     if folder is None:
@@ -106,9 +110,7 @@ def check_early(settings: dict[str, Any], output_dir: str) -> None:
     model = build_model(settings)
     if settings["pretrained"] is not None:
         load_pretrained(model, settings)
-    generated = settings["aux_data_filename"]
-    if generated is not None and not Path(generated).is_file():
-        raise FileNotFoundError(f"--aux-data-filename {generated}: no such file")
+    generated_content(settings)
     flags.check_writable(output_dir, "--output-dir")
 
 

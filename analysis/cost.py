@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from data import balanced_subset, load_data, to_input
+from data import DEFAULT_DATA_DIR, balanced_subset, load_data, to_input
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin
 from dyart.modes import frozen, mixed_precision
 from dyart.projection import NORMS
-from evaluation.candidate import load_candidate
+from evaluation.candidate import load_candidate, load_test
 from experiment import flags
 from experiment.build import build_model
 from experiment.folder import named_checkpoints
@@ -80,6 +80,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         torch.manual_seed(options["seed"])
         model = build_model({**identity, "channels_last": False}).eval()
         identity |= {"checkpoint": None}
+        test = load_data(identity["dataset"], options["data_dir"] or DEFAULT_DATA_DIR)[1]
     else:
         path = Path(target)
         path = named_checkpoints(path, ["best"])[0] if path.is_dir() else path
@@ -87,8 +88,8 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         norm = norm or candidate.settings.get("norm")
         model, identity = candidate.model, candidate.identity
         model.requires_grad_(True)
+        test = load_test(candidate, options["data_dir"])
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
-    test = load_data(identity["dataset"], options["data_dir"])[1]
     chosen = balanced_subset(test, max(options["batch_size"], options["examples"]), options["seed"])
     x, y = to_input(chosen.images).to(device).contiguous(memory_format=layout), chosen.labels.to(device)
     model.to(device, memory_format=layout)

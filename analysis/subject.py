@@ -81,7 +81,7 @@ def epoch_of(state: Mapping[str, Any]) -> int:
 def autoattack_points(folder: Path | None, identity: Mapping[str, Any], norm: str) -> list[dict[str, float]]:
     """Robust accuracy from the folder's autoattack.json, of the same weights under the same norm, by ε."""
     points = []
-    for record in [] if folder is None else Results(folder / "autoattack").records:
+    for record in [] if folder is None else Results(folder / "autoattack").current:
         same = all(record[key] == identity[key] for key in ("sha256", "weights"))
         if same and record["norm"] == norm:
             share = record["robust_accuracy"]

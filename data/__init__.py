@@ -43,7 +43,8 @@ class DatasetInfo(NamedTuple):
     """What there is to know of a dataset before it is loaded.
 
     mean, std: of the training pixels in [0,1], per channel. held_out: how much of the training set `hold_out` keeps
-    for validation: the first so many images, or (a float) a seeded random fraction. folder: where the prepared files
+    for validation: so many images (the first, but class-balanced ones where the set is sorted by class), or (a float) a
+    seeded random fraction. folder: where the prepared files
     train.npz and test.npz lie, below --data-dir; None where nothing is prepared.
     """
 
@@ -95,26 +96,31 @@ def find_data_dir(name: str, stored: str | os.PathLike | None) -> Path:
 
     def is_prepared(place: Path) -> bool:
         folder = _info(name).folder
-        return folder is None or all((place / folder / f"{part}.npz").is_file() for part in ("train", "test"))
+        # Somebody else's folder may be closed to us: os.path says no where Path.is_file raises.
+        return folder is None or all(os.path.isfile(place / folder / f"{part}.npz") for part in ("train", "test"))
 
-    if stored is not None and stored.is_dir() and (is_prepared(stored) or not is_prepared(DEFAULT_DATA_DIR)):
+    if stored is not None and os.path.isdir(stored) and (is_prepared(stored) or not is_prepared(DEFAULT_DATA_DIR)):
         return stored
     if stored is not None and _info(name).folder is not None:
         logger.warning("%s is no longer in %s; looking in %s (else: --data-dir)", name, stored, DEFAULT_DATA_DIR)
     return DEFAULT_DATA_DIR
 
 
-def hold_out(split: Split, name: str, seed: int) -> tuple[Split, Split]:
+def hold_out(split: Split, name: str, seed: int, *, by_class: bool = True) -> tuple[Split, Split]:
     """Divide a training split of dataset `name` into (train, validation), as the paper does (see DatasetInfo).
 
-    `seed` matters where the held-out part is random. Raises ValueError if nothing would be left to train on.
+    `seed` matters where the held-out part is not the first one. by_class: whether a number of images of a set that is
+    sorted by class is class-balanced; the first ones would be all that there is of a few classes. Raises ValueError if
+    nothing would be left to train on.
     """
     held_out, total = _info(name).held_out, len(split.labels)
-    order = torch.arange(total)
+    number = round(held_out * total) if isinstance(held_out, float) else held_out
+    if not 0 < number < total:
+        raise ValueError(f"{name}: cannot hold out {number} of {total} training images for validation")
+    rows = torch.arange(total)
     if isinstance(held_out, float):
-        order = torch.from_numpy(random_generator(seed, "hold out").permutation(total))
-        held_out = round(held_out * total)
-    if not 0 < held_out < total:
-        raise ValueError(f"{name}: cannot hold out {held_out} of {total} training images for validation")
-    validation, train = order[:held_out].sort().values, order[held_out:].sort().values
-    return Split(split.images[train], split.labels[train]), Split(split.images[validation], split.labels[validation])
+        rows = torch.from_numpy(random_generator(seed, "hold out").permutation(total))
+    elif by_class and is_sorted(split):
+        rows = balanced_subset(Split(rows, split.labels), number, seed).images
+    held = torch.zeros(total, dtype=torch.bool).index_fill_(0, rows[:number], True)
+    return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])

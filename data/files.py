@@ -19,7 +19,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from storage.files import FileError, naming, one_line, replacing
+from storage.files import FileError, describe_content, naming, one_line, replacing
 from storage.lock import Locked, take_lock
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,21 @@ def is_bad_content(error: Exception) -> bool:
     return not isinstance(error, OSError) or error.errno == errno.EINVAL
 
 
+# How the archives begin in which data comes.
+_ARCHIVES = {".zip": b"PK", ".npz": b"PK", ".gz": b"\x1f\x8b", ".tgz": b"\x1f\x8b"}
+
+
+def other_kind(path: str | os.PathLike, suffix: str | None = None) -> str | None:
+    """What a file is, in words, where it does not even begin as an archive of its name's suffix; None if not known."""
+    beginning = _ARCHIVES.get(suffix or Path(path).suffix, b"PK")
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(len(beginning)) == beginning
+    except OSError:
+        return None
+    return None if begins else describe_content(path)
+
+
 @contextmanager
 def open_npz(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     """Open an .npz file for reading; whatever zipfile or NumPy raise inside on bad content becomes a DataFileError."""
@@ -86,6 +101,8 @@ def open_npz(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
     except Exception as error:
         if not is_bad_content(error):
             raise
+        if what := other_kind(path, ".npz"):
+            raise DataFileError(f"{path}: not an .npz file but {what}") from error
         raise DataFileError(f"{path}: damaged, truncated or not an .npz file ({one_line(error)})") from error
 
 

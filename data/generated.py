@@ -144,7 +144,10 @@ def _convert(archive: zipfile.ZipFile, member: Member, folder: Path) -> tuple[Pa
             return target, offset
         free = shutil.disk_usage(folder).free
         if free < member.nbytes:
-            raise OSError(f"{folder}: {archive.filename} needs {member.nbytes} bytes decompressed, {free} are free")
+            raise OSError(
+                f"{folder}: {archive.filename} needs {member.nbytes} bytes decompressed, {free} are free "
+                "(elsewhere: --cache-dir)"
+            )
         logger.warning("%s is compressed: converting it, once, to %s", archive.filename, target)
         with (
             naming("write", target),

@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.download import download
-from data.files import DataFileError, Split, is_bad_content, preparing, read_split, write_split
-from storage.files import describe_content, one_line
+from data.files import DataFileError, Split, is_bad_content, other_kind, preparing, read_split, write_split
+from storage.files import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +61,14 @@ def prepare(data_dir: str | Path, source: str | Path | None = None) -> tuple[Spl
     folder = Path(data_dir) / FOLDER
     if source is not None and not Path(source).exists():
         raise FileNotFoundError(f"{source}: no such file")
+    # Before the folder is written to, which may be for reading only; and after whoever was waited for has made them.
+    if source is None and (splits := _complete(folder)):
+        return splits
     with preparing(folder):
         downloaded = None
         if source is None:
-            try:
-                splits = _read_prepared(folder)
-                if tuple(len(split.labels) for split in splits) == OFFICIAL_COUNTS:
-                    return splits
-            except (FileNotFoundError, DataFileError):
-                pass
+            if splits := _complete(folder):
+                return splits
             source = _find_source(Path(data_dir))
             if source is None:
                 source = downloaded = _download(folder)
@@ -87,6 +86,15 @@ def prepare(data_dir: str | Path, source: str | Path | None = None) -> tuple[Spl
         if downloaded:
             downloaded.unlink()
     return train, test
+
+
+def _complete(folder: Path) -> tuple[Split, Split] | None:
+    """The prepared splits, if all images of the dataset are there."""
+    try:
+        splits = _read_prepared(folder)
+    except (FileNotFoundError, DataFileError):
+        return None
+    return splits if tuple(len(split.labels) for split in splits) == OFFICIAL_COUNTS else None
 
 
 def _read_prepared(folder: Path) -> tuple[Split, Split]:
@@ -176,8 +184,7 @@ def _decode(source: Path) -> tuple[Split, Split]:
     except Exception as error:
         if not is_bad_content(error) or str(error).startswith(str(source)):
             raise
-        is_other = source.is_file() and not zipfile.is_zipfile(source)
-        if what := describe_content(source) if is_other else None:
+        if what := other_kind(source, ".zip"):
             raise DataFileError(f"{source}: not Tiny-ImageNet-200's zip but {what}") from error
         raise DataFileError(f"{source}: damaged or not Tiny-ImageNet-200 ({one_line(error)})") from error
 

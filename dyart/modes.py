@@ -18,7 +18,8 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device computes in bfloat16 by instructions of its own; elsewhere it is several times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    # Not in every version of PyTorch that serves.
+    return device.type != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 @contextmanager

@@ -29,6 +29,10 @@ def same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return True
 
 
+def _on_other_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return not same_identity(one, other) and same_identity({**one, "test_sha256": None}, other)
+
+
 def images_of(record: Mapping[str, Any]) -> str:
     """Which test images a record is of, in words."""
     n, total = record["n"], record["test_size"]
@@ -69,6 +73,22 @@ class Results:
                 raise FileError(f"{path}: a record whose {name!r} is no number; move the file away")
         return records
 
+    @property
+    def current(self) -> list[dict[str, Any]]:
+        """The finished records but those that a later one replaces: the same on other test images.
+
+        The test data was prepared anew between the two, and what is there now is what counts.
+        """
+        return [
+            record
+            for index, record in enumerate(self.records)
+            if not any(_on_other_images(later, record) for later in self.records[index + 1 :])
+        ]
+
+    def on_other_images(self, identity: dict[str, Any]) -> bool:
+        """Whether there is a record, finished or not, that is of `identity` but for the test images."""
+        return any(_on_other_images(record, identity) for record in [*self.records, *self._unfinished])
+
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The finished record of `identity`, or None."""
         return next((record for record in self.records if same_identity(record, identity)), None)
@@ -82,7 +102,7 @@ class Results:
 
         def is_current(other: dict[str, Any]) -> bool:
             replaced = other["checkpoint"] == record["checkpoint"] and other["sha256"] != record["sha256"]
-            return not replaced and not same_identity(other, record)
+            return not replaced and not same_identity(other, record) and not _on_other_images(other, record)
 
         self._unfinished = [*filter(is_current, self._unfinished), record]
         write_json(self.unfinished_path, self._unfinished)

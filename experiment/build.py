@@ -4,6 +4,8 @@ For train.py, and for whatever measures a run as it was trained.
 """
 
 import math
+import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
-from data import DATASETS, Split, balanced_subset, first_examples, hold_out, load_auxiliary, load_data
+from data import DATASETS, Split, balanced_subset, content_of, first_examples, hold_out, load_auxiliary, load_data
 from models import create_model
 from models.wide_resnet import WideResNet
 
@@ -45,6 +47,23 @@ class Data(NamedTuple):
     generated: dict[str, Any]
 
 
+def generated_content(settings: Mapping[str, Any]) -> str | None:
+    """What tells the generated data of a run wherever it lies; None where the run has none.
+
+    Raises FileNotFoundError where there is no such file, and ValueError where it is damaged, or holds other images than
+    those that the run began with.
+    """
+    path, known = settings["aux_data_filename"], settings["aux_data_content"]
+    if path is None:
+        return None
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--aux-data-filename {path}: no such file; where it lies now can be said")
+    content = content_of(path)
+    if known not in (None, content):
+        raise ValueError(f"--aux-data-filename {path}: its arrays ({content}) are not those of the run ({known})")
+    return content
+
+
 def load_splits(settings: dict[str, Any], *, generated_too: bool = True) -> Data:
     """The images that the settings ask for. Raises ValueError where they ask for more than there are.
 
@@ -52,7 +71,7 @@ def load_splits(settings: dict[str, Any], *, generated_too: bool = True) -> Data
     """
     train, _ = load_data(settings["dataset"], settings["data_dir"])
     epoch_size = len(train.labels)
-    train, validation = hold_out(train, settings["dataset"], settings["seed"])
+    train, validation = hold_out(train, settings["dataset"], settings["seed"], by_class=settings["rules"] >= 2)
     subset = settings["train_subset"]
     if subset is not None:
         if subset > len(train.labels):

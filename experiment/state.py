@@ -4,6 +4,7 @@ For train.py. What is wrong with a checkpoint that does not fit its run is a Fil
 """
 
 import math
+import os
 import random
 import warnings
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from data import Loader, content_of, find_data_dir
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
-from experiment.build import Stage, stages_of
+from experiment.build import Stage, generated_content, stages_of
 from experiment.folder import Experiment, Loaded
 from experiment.metrics import Meter
 from experiment.schedules import SCHEDULES
@@ -205,9 +206,10 @@ def moved_data(given: Mapping[str, Any], stored: Mapping[str, Any], experiment: 
     path = given.get("aux_data_filename")
     if path is None or stored["aux_data_filename"] in (None, path):
         return {}
-    content, known = content_of(path), stored["aux_data_content"]
-    if known not in (None, content):
-        raise ValueError(f"--aux-data-filename {path}: its arrays ({content}) are not those of the run ({known})")
+    known = stored["aux_data_content"]
+    if known is None and os.path.isfile(stored["aux_data_filename"]):
+        known = content_of(stored["aux_data_filename"])  # of a run from before that was kept, which may be asked still
+    content = generated_content({"aux_data_filename": path, "aux_data_content": known})
     if known is None:
         tqdm.write(f"{experiment.folder} does not know which generated data it had: {path} is taken for it")
     return {"aux_data_filename": path, "aux_data_content": content}

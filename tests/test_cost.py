@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import run_training, tiny
 
 import bench
 from analysis import cost
@@ -42,6 +43,22 @@ def test_weights_of_a_file_are_measured_on_a_balanced_batch(tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(workload.model(workload.x), model.eval()(workload.x))
     assert workload.identity["checkpoint"] == "weights.pt"
+
+
+def test_images_are_taken_from_where_training_took_them(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    digits, asked = DATASETS["digits"], []
+
+    def load(data_dir, **kwargs):
+        asked.append(str(data_dir))
+        return digits.load(data_dir, **kwargs)
+
+    monkeypatch.setitem(DATASETS, "digits", digits._replace(load=load))
+    argv = ["--method", "clean", "--epochs", "1", "--data-dir", str(tmp_path / "data")]
+    assert run_training(*tiny(tmp_path, *argv)) == 0
+    for more in ([], ["--data-dir", str(tmp_path)]):
+        cost.load_workload(str(tmp_path / "run"), options("--examples", "20", *more))
+    assert asked == [str(tmp_path / "data"), str(tmp_path / "data"), str(tmp_path)]
 
 
 def test_a_step_is_repeatable_and_leaves_its_workload_alone():

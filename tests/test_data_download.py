@@ -123,6 +123,13 @@ def test_a_wrong_file_is_not_kept(server, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_in_the_place_of_the_file_is_told_for_what_it_is(tmp_path):
+    page = tmp_path / "page"
+    page.write_bytes(b"<!DOCTYPE html><title>Please log in")
+    with pytest.raises(OSError, match="not the expected file but a web page"):
+        download(page.as_uri(), tmp_path / "data.zip", is_intact)
+
+
 def test_a_server_that_falls_silent_is_given_up_after_the_timeout(server, tmp_path):
     server.stalls, server.breaks_after = True, 5000
     began = time.monotonic()

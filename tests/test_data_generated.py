@@ -111,7 +111,7 @@ def test_a_conversion_that_fails_leaves_nothing_to_be_used(tmp_path):
 def test_a_full_disk_is_said_before_converting(tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "x.npz", **arrays())
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(OSError, match="needs 2400 bytes decompressed, 1000 are free"):
+    with pytest.raises(OSError, match="needs 2400 bytes decompressed, 1000 are free .elsewhere: --cache-dir"):
         load(tmp_path / "x.npz")
 
 
@@ -233,6 +233,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path, capsys):
     for path in tmp_path.rglob("*.np[yz]"):
         path.unlink()  # pytest keeps the folders of three runs
     assert grown < allowed
+
+
+def test_a_page_or_a_pointer_is_told_for_what_it_is(tmp_path):
+    for content, what in [
+        (b"<html>404", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    ]:
+        (tmp_path / "a.npz").write_bytes(content)
+        with pytest.raises(DataFileError, match=f"a.npz: not an .npz file but .*{what}"):
+            load(tmp_path / "a.npz")
 
 
 def test_what_tells_a_file_stays_where_it_goes_and_changes_with_its_content(tmp_path):

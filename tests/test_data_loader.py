@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from folders import unprivileged
 from PIL import Image
 from sklearn.datasets import load_digits as load_sklearn_digits
 from torchvision.transforms.functional import to_tensor
@@ -265,6 +266,26 @@ def test_the_first_examples_of_a_sorted_split_are_of_all_its_classes():
     assert not torch.equal(chosen.images, first_examples(in_order, 20, 1).images)
 
 
+def test_files_that_were_sorted_one_by_one_are_sorted():
+    labels = torch.arange(10).repeat_interleave(20).repeat(5)
+    assert is_sorted(Split(labels, labels))
+    assert not is_sorted(Split(labels, torch.arange(10).repeat(100)))  # as the digits lie
+    assert is_sorted(Split(labels, torch.arange(200).repeat_interleave(2)))  # few of a class
+    assert not is_sorted(Split(labels, torch.arange(200)))
+    assert not is_sorted(load_data("digits")[0]) and not is_sorted(load_data("digits")[1])
+
+
+def test_a_number_of_held_out_images_of_a_sorted_set_is_of_all_classes(monkeypatch):
+    monkeypatch.setitem(DATASETS, "birds", DATASETS["digits"]._replace(held_out=40))
+    labels = torch.arange(10).repeat_interleave(50)
+    split = Split(torch.arange(500), labels)
+    train, validation = hold_out(split, "birds", seed=0)
+    assert validation.labels.bincount().tolist() == [4] * 10
+    assert sorted([*train.images.tolist(), *validation.images.tolist()]) == list(range(500))
+    _, validation = hold_out(split, "birds", seed=0, by_class=False)
+    assert validation.images.tolist() == list(range(40))
+
+
 def test_held_out_images_of_a_sorted_set_are_judged_by_class_balanced_ones():
     """Tiny-ImageNet's are sorted by class: 256 first ones are of a few classes, and as many as those of all."""
     labels = torch.arange(200).repeat_interleave(50)
@@ -301,3 +322,17 @@ def test_data_is_looked_for_where_its_prepared_files_are(tmp_path, monkeypatch, 
     prepare(stored)
     assert find_data_dir("cifar10", stored) == stored
     assert find_data_dir("cifar10", None) == default
+
+
+def test_a_data_folder_that_is_closed_to_us_is_as_good_as_gone(tmp_path, monkeypatch, caplog):
+    """Of somebody else's checkpoint, say."""
+    monkeypatch.setattr("data.DEFAULT_DATA_DIR", tmp_path / "default")
+    home = tmp_path / "home"
+    (home / "data" / "cifar-10").mkdir(parents=True)
+    home.chmod(0)
+    try:
+        with unprivileged():
+            assert find_data_dir("cifar10", home / "data") == tmp_path / "default"
+    finally:
+        home.chmod(0o700)
+    assert "--data-dir" in caplog.text

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from children import exit_status, fork
+from folders import unprivileged
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -145,6 +147,20 @@ def test_a_download_has_to_be_complete_and_a_complete_one_is_not_repeated(source
         OSError, match=r"http://127.0.0.1:9/none.zip: .*refused.*By hand: download .* and run: bash .*\.sh"
     ):
         tiny_imagenet.prepare(tmp_path)
+
+
+def test_a_complete_one_may_be_for_reading_only_and_another_place_is_named(source, monkeypatch):
+    monkeypatch.setattr(tiny_imagenet, "OFFICIAL_COUNTS", (220, 20))
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root) / ROOT
+        tiny_imagenet.prepare(root, source)
+        os.chmod(root, 0o755)
+        (folder / ".lock").chmod(0o444)
+        with unprivileged():
+            assert [len(split.labels) for split in tiny_imagenet.prepare(root)] == [220, 20]
+        (folder / "test.npz").unlink()
+        with unprivileged(), pytest.raises(ValueError, match=f"--data-dir.* in {folder}: Permission denied"):
+            tiny_imagenet.prepare(root)
 
 
 def test_a_half_downloaded_zip_is_not_used(source, tmp_path, monkeypatch):

@@ -270,6 +270,22 @@ def test_an_evaluation_follows_the_norm_of_its_run(tmp_path, capsys):
     assert "best.pt: trained in L2, attacked in Linf (--norm)" in (tmp_path / "run" / "eval.log").read_text()
 
 
+def test_other_test_images_than_before_are_evaluated_afresh_with_a_line(folder, monkeypatch, capsys):
+    test = load_data("digits")[1]
+    argv = [str(folder), "--n", "4", "--eps", "8", "--version", "custom", "--device", "cpu"]
+    assert eval_script.main(argv) == 0
+    assert "of other test images" not in capsys.readouterr().out
+    prepared_anew = Split(test.images.flip(0), test.labels.flip(0))
+    monkeypatch.setattr("evaluation.candidate.load_data", lambda *_: (None, prepared_anew))
+    assert eval_script.main(argv) == 0
+    output = capsys.readouterr().out
+    assert "best.pt Linf 8/255: what was found before is of other test images; starting again" in output
+    results = Results(folder / "autoattack")
+    assert len(results.records) == 2 and results.current == results.records[1:]
+    assert eval_script.main(argv) == 0
+    assert "as evaluated before" in capsys.readouterr().out
+
+
 def test_some_images_of_a_sorted_test_set_are_of_all_classes(folder, monkeypatch):
     test = load_data("digits")[1]
     order = test.labels.argsort()

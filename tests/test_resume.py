@@ -546,6 +546,37 @@ def test_generated_data_that_lies_elsewhere_now(
     assert Experiment.open(folder).settings["aux_data_filename"] == str(there)
     assert run_training("--resume", str(folder), "--epochs", "3") == 0
 
+    # Other images where the run's were, under the same name; and a flag that names a folder.
+    (tmp_path / "other.npz").replace(there)
+    longer = ["--resume", str(folder), "--epochs", "4"]
+    before = files(folder)
+    for extra in ([], ["--aux-data-filename", str(there)]):
+        assert "are not those of the run" in refusal(capsys, *longer, *extra)
+    assert f"--aux-data-filename {tmp_path}: no such file" in refusal(
+        capsys, *longer, "--aux-data-filename", str(tmp_path)
+    )
+    assert files(folder) == before
+
+
+def test_generated_data_of_a_run_from_before_its_content_was_kept(
+    tmp_path: Path, generated_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What lies where it lay then is asked; where there is nothing, the file is taken with a line."""
+    here, other = tmp_path / "here.npz", tmp_path / "other.npz"
+    shutil.copy(generated_data, here)
+    with np.load(here) as arrays:
+        np.savez(other, image=arrays["image"] ^ 1, label=arrays["label"])
+    argv = ["--method", "clean", "--epochs", "1", "--unsup-fraction", "0.5", "--aux-data-filename", str(here)]
+    assert run_training(*tiny(tmp_path, *argv)) == 0
+    folder = tmp_path / "run"
+    settings = Experiment.open(folder).settings | {"aux_data_content": None}
+    (folder / "args.yaml").write_text(yaml.safe_dump(settings))
+    longer = ["--resume", str(folder), "--epochs", "2", "--aux-data-filename", str(other)]
+    assert "are not those of the run" in refusal(capsys, *longer)
+    here.unlink()
+    assert run_training(*longer) == 0
+    assert f"{other} is taken for it" in capsys.readouterr().out
+
 
 def test_a_data_folder_that_vanished_is_not_made_again(tmp_path: Path, whole: Path) -> None:
     folder = copied(whole, tmp_path)
