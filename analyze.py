@@ -41,7 +41,7 @@ def build_parser() -> flags.Parser:
     p.add_argument("--output-dir", default=None, help="for the figures (FOLDER/figures; results for --toy)")
 
     g = p.add_argument_group("what is analysed")
-    g.add_argument("--checkpoint", metavar="NAME", default="best.pt", help="file of the folder")
+    g.add_argument("--checkpoint", metavar="NAME", default=None, help="file of the folder (best.pt)")
     g.add_argument("--methods", nargs="+", choices=list(LOSSES), default=list(figures.NAMES), help="to compare")
     g.add_argument("--examples", type=flags.whole(least=1), default=1000, help="images of train and of test")
     g.add_argument("--boundary", choices=["exact", "soft"], default="exact", help="whose speed is shown")

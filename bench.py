@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     report |= {"settings": settings, "subjects": []}
     for target in options["targets"] or [None]:
         workload = load_workload(target, options)
-        figures = {"weights": workload.identity, "correct": workload.correct().float().mean().item()}
+        figures = {"weights": workload.identity, "norm": workload.norm}
+        figures["correct"] = workload.correct().float().mean().item()
         figures["times"] = measure_times(workload, options, rate)
         figures["memory"] = measure_memory(target, workload, options)
         figures["quality"] = measure_quality(workload, options) if options["examples"] else []
@@ -98,7 +99,8 @@ def cpu_name() -> str:
 def print_tables(figures: dict[str, Any]) -> None:
     """The figures of one subject, for people."""
     weights = figures["weights"]
-    print(f"\n{weights['model']}, {weights['checkpoint'] or 'untrained'}: {figures['correct']:.0%} correct\n")
+    subject = f"{weights['model']}, {weights['checkpoint'] or 'untrained'}, {figures['norm']}"
+    print(f"\n{subject}: {figures['correct']:.0%} correct\n")
     print(
         f"| {'':24} | {'ms (quartiles)':>24} | {'ratio (quartiles)':>20} | {'of':24} | of bf16 "
         "| peak MiB | of clean | resident |"

@@ -25,7 +25,7 @@ from evaluation.place import open_place
 from evaluation.results import images_of
 from experiment import flags
 from experiment.folder import Experiment
-from experiment.weights import WEIGHTS_HELP, add_model_flags
+from experiment.weights import WEIGHTS_HELP, add_model_flags, read_weights
 
 # The radii of the paper's evaluation (for L2, where it has none, those in use), and the one of leaderboards.
 PAPER = {"Linf": ["2", "4", "8", "12", "16"], "L2": ["0.25", "0.5", "0.75", "1"]}
@@ -66,14 +66,23 @@ def build_parser() -> flags.Parser:
 
 def radii(texts: list[str] | None, norm: str) -> list[flags.Length]:
     """The radii that --eps asks for, or where it is left out the usual one of the norm."""
+    if norm not in PAPER and (texts is None or "paper" in texts):
+        raise ValueError(f"--eps: say which in {norm}; there is a usual one for {' and '.join(PAPER)} only")
     texts = texts or [USUAL[norm]]
     texts = [radius for text in texts for radius in (PAPER[norm] if text == "paper" else [text])]
     return list(dict.fromkeys(flags.length(text, norm, "--eps") for text in texts))
 
 
 def norm_of(settings: Mapping[str, Any]) -> str:
-    """The norm that a run was trained in; the usual one for others' files."""
-    return settings["norm"] if settings.get("norm") in NORMS else "Linf"
+    """The norm to attack a run in: the one that it was trained in; the usual one for others' files."""
+    return settings["norm"] if settings.get("norm") in list(NORMS) else "Linf"
+
+
+def settings_of(target: Path, weights: str | None) -> Mapping[str, Any]:
+    """The settings of the run that made a folder or a file; none where it is others', or not there."""
+    if target.is_file():
+        return read_weights(target, weights).settings or {}
+    return Experiment.open(target).settings if (target / "args.yaml").exists() else {}
 
 
 # --- The run ----------------------------------------------------------------------------------------------------------
@@ -88,8 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("expected one FOLDER or FILE, before the flags that take several values")
     again = args.pop("again")
     if args.pop("dry_run"):
-        is_folder = (Path(targets[0]) / "args.yaml").exists()
-        norm = args["norm"] or norm_of(Experiment.open(targets[0]).settings if is_folder else {})
+        norm = args["norm"] or norm_of(settings_of(Path(targets[0]), args["weights"]))
         texts = [radius.text for radius in radii(args["eps"], norm)]
         settings = {"target": targets[0], **args, "norm": norm, "eps": texts, "attacks": VERSIONS[args["version"]]}
         print(yaml.safe_dump(settings, sort_keys=False), end="")
@@ -98,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     device = flags.device(args["device"])
     make_reproducible()
     output_dir = None if args["output_dir"] is None else Path(args["output_dir"])
-    with open_place(Path(targets[0]), args["checkpoint"], output_dir) as (paths, results, log):
+    with open_place(Path(targets[0]), args["checkpoint"], output_dir) as (paths, results, log, origin):
         candidates = [load_candidate(path, args["weights"], args) for path in paths]
         norms = [args["norm"] or norm_of(candidate.settings) for candidate in candidates]
         lengths = {norm: radii(args["eps"], norm) for norm in norms}
@@ -108,15 +116,16 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"--n {args['n']}: the test set has {len(test.labels)} images")
         tasks = []
         for candidate, norm, test in zip(candidates, norms, tests, strict=True):
-            if norm != norm_of(candidate.settings):
-                name, other = candidate.identity["checkpoint"], norm_of(candidate.settings)
-                log(f"{name}: trained in {other}, attacked in {norm} (--norm)")
+            trained = candidate.settings.get("norm") or "Linf"
+            if norm != trained:
+                said = " (--norm)" if args["norm"] else ""
+                log(f"{candidate.identity['checkpoint']}: trained in {trained}, attacked in {norm}{said}")
             n = args["n"] or len(test.labels)
             test, images = leading(test, n)
             what = {"n": n, "images": images, "test_sha256": digest(Split(test.images[:n], test.labels[:n]))}
             for eps, text in lengths[norm]:
                 attack = {"norm": norm, "eps": eps, "eps_text": text, "version": args["version"], "seed": args["seed"]}
-                identity = {**candidate.identity, **what, **attack, "batch_size": args["batch_size"]}
+                identity = {**candidate.identity, **origin, **what, **attack, "batch_size": args["batch_size"]}
                 known = None if again else results.finished(identity)
                 if known is None:
                     if results.on_other_images(identity):

@@ -113,7 +113,7 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
             lines += [json.dumps(entry(settings, record), indent=2), "```"]
 
     commands = []
-    with contextlib.suppress(FileError):  # Settings that this version's flags cannot say.
+    with contextlib.suppress(ValueError):  # Settings that this version's flags cannot say.
         commands += ["# the training", train_command(check_stored(settings, "settings"))]
     if mine:
         commands += ["# the figures, from the exported weights", *(eval_command(record, out) for record in mine)]
@@ -176,7 +176,11 @@ def train_command(settings: Mapping[str, Any]) -> str:
 def eval_command(record: Mapping[str, Any], out: Path) -> str:
     """The command that evaluates the exported weights as a record says."""
     eps = record["eps_text"]
-    if flags.length(eps, record["norm"], "--eps").value != record["eps"]:
+    try:
+        is_same = flags.length(eps, record["norm"], "--eps").value == record["eps"]
+    except ValueError:  # of an earlier version, whose --eps for L2 was 8
+        is_same = False
+    if not is_same:
         eps = flags.length_words(record["eps"], record["norm"])
     words = ["python", "eval.py", out.name, "--model", record["model"], "--dataset", record["dataset"]]
     words += ["--group-norm"] if record["group_norm"] else []

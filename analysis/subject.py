@@ -35,7 +35,11 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     """The checkpoint that the flags name. Raises ValueError or OSError for one that cannot be used."""
     target = Path(args.target)
     folder = None if target.is_file() else Experiment.open(target).folder
-    name = "latest" if args.direction == "step" else args.checkpoint
+    name = args.checkpoint or ("latest" if args.direction == "step" else "best")
+    if args.checkpoint is not None and folder is None:
+        raise ValueError(f"--checkpoint {name}: {target} is a checkpoint itself, not an experiment folder")
+    if args.direction == "step" and name not in ("latest", "latest.pt"):
+        raise ValueError(f"--checkpoint {name}: --direction step is of latest.pt, which holds the optimizer")
     path = target if folder is None else named_checkpoints(folder, [name])[0]
     # The optimizer's state belongs to the weights that are trained, and not to their average.
     weights = "raw" if args.direction == "step" else None

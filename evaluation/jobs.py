@@ -19,6 +19,7 @@ from data import Split
 from evaluation.attack import evaluate
 from evaluation.environment import make_reproducible
 from evaluation.results import Results
+from experiment import flags
 
 
 class Task(NamedTuple):
@@ -126,6 +127,7 @@ def _work(channel: Connection, device: torch.device, threads: int, position: int
     threading.Thread(target=end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore of the system, which a process that is killed leaves.
     torch.set_num_threads(threads)
+    flags.print_on()
     make_reproducible()
     while True:
         try:

@@ -1,7 +1,6 @@
 """Which checkpoints an evaluation reads and where its results go: an experiment folder, or a bare file. For eval.py."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,16 +10,20 @@ from tqdm import tqdm
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment, is_checkpoint_of_its_folder, named_checkpoints
-from storage.files import FileError, naming
+from storage.files import FileError, check_log, naming, write_log
 from storage.lock import Locked, take_lock
 
 
 class Place(NamedTuple):
-    """The checkpoints to evaluate, where their results are kept, and the log."""
+    """The checkpoints to evaluate, where their results are kept, and the log.
+
+    origin: what the records say of where the checkpoints lie, if that is elsewhere: two targets may have one name.
+    """
 
     checkpoints: list[Path]
     results: Results
     log: Callable[[str], Any]
+    origin: dict[str, str]
 
 
 @contextlib.contextmanager
@@ -46,19 +49,22 @@ def open_place(target: Path, names: list[str] | None, output_dir: Path | None = 
     else:
         flags.check_writable(target, "results are written to (or give --output-dir)")
         with Experiment.open(target, lock="eval", echo=tqdm.write) as experiment:
-            yield Place(paths, Results(target / "autoattack"), experiment.log)
+            yield Place(paths, Results(target / "autoattack"), experiment.log, {})
         return
-    with _open_beside(beside, paths) as place:
+    origin = {} if output_dir is None else {"target": str(target.resolve())}
+    with _open_beside(beside, paths, origin) as place:
         yield place
 
 
 @contextlib.contextmanager
-def _open_beside(path: Path, checkpoints: list[Path]) -> Iterator[Place]:
+def _open_beside(path: Path, checkpoints: list[Path], origin: dict[str, str]) -> Iterator[Place]:
+    log_path = path.with_name(f"{path.name}.eval.log")
+
     def log(message: str) -> None:
         tqdm.write(message)
-        with open(f"{path}.eval.log", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        write_log(log_path, message)
 
+    check_log(log_path)
     lock_path = path.with_name(f".{path.name}.lock-eval")
     with naming("lock", lock_path):
         try:
@@ -66,7 +72,7 @@ def _open_beside(path: Path, checkpoints: list[Path]) -> Iterator[Place]:
         except Locked as holder:
             raise FileError(f"{path} is in use: {holder} evaluates it") from None
     try:
-        yield Place(checkpoints, Results(path.with_name(f"{path.name}.autoattack")), log)
+        yield Place(checkpoints, Results(path.with_name(f"{path.name}.autoattack")), log, origin)
     finally:
         if lock is not None:
             lock.release()

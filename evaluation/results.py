@@ -3,6 +3,7 @@
 For the evaluation, and for whoever reads its figures.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a
 IDENTITY += ["weights_key", "images", "test_sha256"]
 # What records of earlier versions lack, with what they were; None where that is not known, and anything matches.
 LATER = {"mean": None, "std": None, "weights_key": None, "images": "first", "test_sha256": None}
+
+# What whoever reads a record reckons with: type, least and largest value.
+_NUMBERS = {"eps": (int | float, 0, math.inf), "n": (int, 1, math.inf), "test_size": (int, 1, math.inf)}
+_NUMBERS |= dict.fromkeys(("clean_accuracy", "robust_accuracy"), (int | float, 0, 1))
 
 
 def same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -69,8 +74,10 @@ class Results:
         for name in [*(name for name in IDENTITY if name not in LATER), *needed]:
             if not all(name in record for record in records):
                 raise FileError(f"{path}: a record without {name!r}; move the file away to start a new one")
-            if name.endswith("_accuracy") and not all(isinstance(record[name], int | float) for record in records):
-                raise FileError(f"{path}: a record whose {name!r} is no number; move the file away")
+        for name, (kind, least, most) in _NUMBERS.items():
+            values = [record[name] for record in records if name in record]
+            if not all(isinstance(value, kind) and least <= value <= most for value in values):
+                raise FileError(f"{path}: a record whose {name!r} is no number that it can be; move the file away")
         return records
 
     @property
@@ -101,7 +108,8 @@ class Results:
         """Keep an unfinished record."""
 
         def is_current(other: dict[str, Any]) -> bool:
-            replaced = other["checkpoint"] == record["checkpoint"] and other["sha256"] != record["sha256"]
+            same_file = all(other.get(name) == record.get(name) for name in ("checkpoint", "target"))
+            replaced = same_file and other["sha256"] != record["sha256"]
             return not replaced and not same_identity(other, record) and not _on_other_images(other, record)
 
         self._unfinished = [*filter(is_current, self._unfinished), record]

@@ -1,6 +1,7 @@
 """What the command lines of the scripts share: types of flags, one-line errors, exit statuses."""
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -42,7 +43,8 @@ def number(*, above: float = -math.inf, least: float = -math.inf, most: float = 
 
     def value(text: str) -> float:
         numerator, slash, denominator = text.partition("/")
-        return float(Fraction(numerator) / Fraction(denominator)) if slash else float(text)
+        # So that 2.1/255 is to the last bit what `length` makes of 2.1.
+        return float(Fraction(numerator)) / float(Fraction(denominator)) if slash else float(text)
 
     return _within(value, "a number", above, least, most)
 
@@ -79,7 +81,9 @@ def length(text: str, norm: str, flag: str, *, zero: bool = False) -> Length:
 
 
 def length_words(value: float, norm: str) -> str:
-    """A length as `length` reads it again, to the last digit."""
+    """A length as `length` reads it again, to the last digit. Raises ValueError in Linf above 1, which is not read."""
+    if norm != "L2" and value > 1:
+        raise ValueError(f"a length of {value:g} cannot be said for Linf, where at most 1 is accepted")
     usual = 0 <= value <= (6 if norm == "L2" else 0.3)
     numerator, denominator = Fraction(value).as_integer_ratio()
     return str(value) if usual else f"{numerator}/{denominator}"
@@ -180,18 +184,52 @@ def check_writable(folder: str | Path, flag: str) -> None:
         raise PermissionError(f"{flag} {folder}: cannot write to {path}")
 
 
+def print_on() -> list[OSError]:
+    """Let nothing that is printed in this process end its work.
+
+    A letter that a terminal does not have becomes an escape; what cannot be printed at all, to a pipe whose reader is
+    gone or to a full disk, is passed over. Returns the list in which the first error of standard output will be.
+    """
+    lost: list[OSError] = []
+
+    def passing_over(call: Callable[..., Any], keep: bool) -> Callable[..., Any]:
+        def attempt(*args: Any) -> Any:
+            try:
+                return call(*args)
+            except OSError as error:
+                lost.extend([error] * (keep and not lost))
+                return len(args[0]) if args else None
+
+        return attempt
+
+    # Python has None for a stream that was closed before it started.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (for the rest of the process)
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            stream.write = passing_over(stream.write, stream is sys.stdout)
+            stream.flush = passing_over(stream.flush, stream is sys.stdout)
+    return lost
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a script's main; what is wrong with its input (ValueError, OSError) ends in one line and exit status 2.
 
     Ctrl-C where main does not take it ends with 128 + SIGINT, as a signal does elsewhere.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # A letter that a terminal does not have ends no work.
+    lost = print_on()
+    script = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        # Whoever closes a pipe wants no more of it; who has given a file is told that it is not whole.
+        if not status and any(error.errno != errno.EPIPE for error in lost):
+            print(f"{script}: error: what was printed is not all there: {lost[0].strerror}", file=sys.stderr)
+            status = 2
+        sys.exit(status)
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{script}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)

@@ -14,7 +14,6 @@ import io
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,17 @@ import yaml
 from filelock import BaseFileLock
 
 from experiment.checkpoint import NewerFormatError, load_checkpoint, save_checkpoint
-from storage.files import FileError, naming, one_line, read_text, sync_folder, temporary_name, write_text
+from storage.files import (
+    FileError,
+    check_log,
+    naming,
+    one_line,
+    read_text,
+    sync_folder,
+    temporary_name,
+    write_log,
+    write_text,
+)
 from storage.lock import Locked, take_lock
 
 # What each kind of run holds: its lock, and the files that only it writes, whose abandoned halves it may clear away.
@@ -154,6 +163,7 @@ class Experiment(contextlib.AbstractContextManager):
 
     def _take_lock(self, purpose: str) -> BaseFileLock | None:
         name, patterns = _LOCKS[purpose]
+        check_log(self.folder / f"{purpose}.log")
         with naming("lock", self.folder / name):
             try:
                 lock = take_lock(self.folder / name)
@@ -189,10 +199,7 @@ class Experiment(contextlib.AbstractContextManager):
         """Echo `message`, and append it with the time to the log; it is on the disk when this returns."""
         self._require("train", "eval")
         self._echo(message)
-        path = self.folder / f"{self._purpose}.log"
-        with naming("write", path), open(path, "ab", buffering=0) as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="backslashreplace"))
-            os.fsync(file.fileno())
+        write_log(self.folder / f"{self._purpose}.log", message)
 
     # metrics.csv has a row an epoch, so it can be replaced as a whole for each: no crash leaves a torn row.
 

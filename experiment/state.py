@@ -22,11 +22,12 @@ from tqdm import tqdm
 from data import Loader, content_of, find_data_dir
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
+from experiment import flags
 from experiment.build import Stage, generated_content, stages_of
 from experiment.folder import Experiment, Loaded
 from experiment.metrics import Meter
 from experiment.schedules import SCHEDULES
-from experiment.settings import ACTIONS, PLACE, check_settings, check_stored, upgraded, with_lengths
+from experiment.settings import ACTIONS, LENGTHS, PLACE, check_settings, check_stored, upgraded, with_lengths
 from models.weights import load_weights
 from storage.files import FileError
 
@@ -174,7 +175,9 @@ def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experi
 
 def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[str, Any], Loaded | None]:
     stored = check_stored(experiment.settings, experiment.folder / "args.yaml")
-    given = with_lengths(given, stored["norm"])
+    # Where it was 8 that meant 8.0, before lengths meant the same everywhere, 8 changes nothing.
+    as_before = {name: stored[name] for name in LENGTHS if _is_number(given.get(name), stored[name])}
+    given = with_lengths(given | as_before, stored["norm"])
     moved = moved_data(given, stored, experiment)
     for name in given.keys() - {"epochs", *PLACE, *ACTIONS} - moved.keys():
         if given[name] != stored[name]:
@@ -199,6 +202,10 @@ def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[
         if epochs < done:
             raise ValueError(f"--epochs {epochs}: {done} epochs are finished already")
     return settings, loaded
+
+
+def _is_number(text: Any, value: float | None) -> bool:
+    return isinstance(text, str) and value is not None and flags.number()(text) == value
 
 
 def moved_data(given: Mapping[str, Any], stored: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
@@ -255,4 +262,9 @@ def rewind(experiment: Experiment, settings: dict[str, Any], loaded: Loaded | No
         finished = loaded.state["progress"]["epoch"]
         note = f" ({loaded.note})" if loaded.note else ""
         experiment.log(f"resume: from {loaded.path}, {finished} epochs finished{note}")
-    experiment.truncate_metrics(lambda row: row["epoch"] <= finished)
+    dropped = experiment.truncate_metrics(lambda row: row["epoch"] <= finished)
+    if dropped:
+        experiment.log(f"resume: {dropped} rows of later epochs taken off metrics.csv")
+    missing = finished - len({row["epoch"] for row in experiment.read_metrics()})
+    if missing > 0:
+        experiment.log(f"warning: metrics.csv lacks the rows of {missing} of {finished} finished epochs")

@@ -6,7 +6,7 @@
 # Some twenty-five minutes on 2 cores. A run that is finished is not repeated; remove the folder of one that is not.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -gt 0 ] || {
+[ $# -gt 0 ] && [ $# -le 3 ] && [[ "$1" != -* ]] || {
     echo "usage: bash scripts/compare_searches.sh BURN-IN [FOLDER] [SEEDS], e.g. experiments/quickstart-*/burn_in.pt" >&2
     exit 2
 }
@@ -14,6 +14,7 @@ BURN_IN="$(realpath "$1")"
 FOLDER="$(realpath -m "${2:-$ROOT/experiments/compare-searches}")"
 make_environment
 cd "$ROOT"
+"$PYTHON" scripts/compare_searches_report.py "$FOLDER" "$BURN_IN"
 
 # train_and_attack SEARCH-SEED
 train_and_attack() {
@@ -31,4 +32,4 @@ for search in fab fast; do
         echo "$search-$seed"
     done
 done | xargs -P "$(nproc)" -I{} bash -euc 'train_and_attack {}'
-exec "$PYTHON" scripts/compare_searches_report.py "$FOLDER" results/compare-searches.json
+exec "$PYTHON" scripts/compare_searches_report.py "$FOLDER" "$BURN_IN" results/compare-searches.json

@@ -1,7 +1,9 @@
 """End compare_searches.sh: the accuracies of both searches side by side, with their spread over the seeds, and the
 difference of the two at the same seed, with its standard error.
 
-python scripts/compare_searches_report.py FOLDER OUTPUT.json
+python scripts/compare_searches_report.py FOLDER BURN-IN [OUTPUT.json]
+
+Without OUTPUT.json it only says whether the runs that are there already started from BURN-IN.
 """
 
 import statistics
@@ -19,8 +21,16 @@ FIGURES = {"clean_accuracy": "clean", "robust_accuracy": "AutoAttack 4/255"}
 
 def main() -> int:
     """Print the table of all FOLDER/SEARCH-SEED, and write it with each run's figures."""
-    folder, output = Path(sys.argv[1]), Path(sys.argv[2])
-    runs = []
+    folder, burn_in = Path(sys.argv[1]), sys.argv[2]
+    for place in sorted(folder.glob("fa*-*")):
+        other = Experiment.open(place).settings["pretrained"]
+        if other != burn_in:
+            raise ValueError(
+                f"{place} started from {other}, not from {burn_in}; compare like with like in a new FOLDER"
+            )
+    if len(sys.argv) == 3:
+        return 0
+    output, runs = Path(sys.argv[3]), []
     for place in sorted(folder.glob("fa*-*")):
         record = read_json(place / "autoattack.json")[-1]
         experiment = Experiment.open(place)

@@ -3,6 +3,10 @@
 # Makes .venv, fetches the data, trains into experiments/quickstart*, ends with a table and a picture.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+[ $# -eq 0 ] || {
+    echo "quickstart.sh takes no flags, not $1: for other runs there are train.py and eval.py" >&2
+    exit 2
+}
 make_environment
 cd "$ROOT"
 

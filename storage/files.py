@@ -10,9 +10,11 @@ import csv
 import io
 import json
 import os
+import pwd
 import re
 import secrets
 import stat
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -66,10 +68,17 @@ _BEGINNINGS = [
     (b"\x1f\x8b", "compressed by gzip: unpack it first"),
     (b"BZh", "compressed by bzip2: unpack it first"),
     (b"\xfd7zXZ\x00", "compressed by xz: unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first"),
+    (b"Rar!", "a RAR archive: unpack it first"),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive: unpack it first"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file, as Keras writes it"),
     (b"\x93NUMPY", "a NumPy array (.npy)"),
+    (b"\x08\x01\x12", "a SavedModel of TensorFlow"),
 ]
+# An ONNX model: the version of the format, and the name of the program that wrote it.
+_ONNX = re.compile(rb"\x08[\x03-\x20]\x12.[ -~]{3}", re.DOTALL)
+# How the index of a TensorFlow checkpoint ends.
+_INDEX_END = bytes.fromhex("57fb808b247547db")
 
 
 def describe_content(path: str | os.PathLike) -> str | None:
@@ -80,8 +89,12 @@ def describe_content(path: str | os.PathLike) -> str | None:
     try:
         with open(path, "rb") as file:
             head = file.read(512)
+            file.seek(max(os.fstat(file.fileno()).st_size - len(_INDEX_END), 0))
+            tail = file.read(len(_INDEX_END))
     except OSError:
         return None
+    if not head:
+        return "an empty file"
     for beginning, what in _BEGINNINGS:
         if head.startswith(beginning):
             return what
@@ -89,8 +102,14 @@ def describe_content(path: str | os.PathLike) -> str | None:
         return "a web page: the download was answered by a page, for a log-in or an error perhaps"
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it first"
+    if _ONNX.match(head):
+        return "an ONNX model"
+    if tail == _INDEX_END:
+        return "the index of a TensorFlow checkpoint"
     if head.startswith(b"PK"):
         return _describe_zip(path)
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in head):
+        return f"text, which begins {one_line(head[:40].decode())!r}"
     is_pickle = head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5")
     is_torch = head[2:14] == b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"  # the magic number of torch's older format
     return "a pickle that torch.save did not write" if is_pickle and not is_torch else None
@@ -102,6 +121,8 @@ def _describe_zip(path: str | os.PathLike) -> str | None:
             names = archive.namelist()
     except Exception:  # Of damaged directories zipfile makes errors of any type.
         return None
+    if "model.weights.h5" in names:
+        return "a model of Keras"
     last = {name.rpartition("/")[2] for name in names}
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy arrays (.npz)"
@@ -164,6 +185,29 @@ def utf8(text: str) -> bytes:
     In a locale without UTF-8, Python holds the bytes of such names as surrogates.
     """
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace").encode()
+
+
+def write_log(path: Path, message: str) -> None:
+    """Append a line with the time to a log; it is on the disk when this returns. Raises FileError."""
+    with naming("write", path), open(path, "ab", buffering=0) as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n".encode(errors="backslashreplace"))
+        os.fsync(file.fileno())
+
+
+def check_log(path: Path) -> None:
+    """Raise FileError where a log exists that this user may not write to, before the work that is to be logged."""
+    if path.exists() and not os.access(path, os.W_OK, effective_ids=True):
+        raise FileError(f"cannot write {path}: Permission denied ({owner_of(path)})")
+
+
+def owner_of(path: str | os.PathLike) -> str:
+    """Whose an existing file is that this user may not write to, and what to do."""
+    status = os.stat(path)
+    try:
+        owner = pwd.getpwuid(status.st_uid).pw_name
+    except KeyError:
+        owner = f"user {status.st_uid}"
+    return f"it belongs to {owner}, with mode {status.st_mode & 0o777:o}: chmod g+w or remove it"
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,13 +8,12 @@ import contextlib
 import errno
 import logging
 import os
-import pwd
 import socket
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from storage.files import one_line
+from storage.files import one_line, owner_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +42,13 @@ def take_lock(path: str | os.PathLike, *, wait: bool = False) -> BaseFileLock | 
     except PermissionError as error:
         if not os.path.exists(path):
             raise
-        status = os.stat(path)
-        hint = f"it belongs to {_user(status.st_uid)}, with mode {status.st_mode & 0o777:o}: chmod g+w or remove it"
-        raise PermissionError(error.errno, f"{error.strerror} ({hint})", str(path)) from None
+        raise PermissionError(error.errno, f"{error.strerror} ({owner_of(path)})", str(path)) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         _warn(path)
         return None
     return lock
-
-
-def _user(number: int) -> str:
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return f"user {number}"
 
 
 def _sign(descriptor: int) -> None:

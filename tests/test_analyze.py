@@ -183,4 +183,7 @@ def test_one_line_for_what_cannot_be_analysed(folder, tmp_path, capsys):
     assert "'0' is not a whole number at least 1" in refused(str(folder), "--examples", "0")
     assert "--examples 41: the model classifies only" in refused(str(folder), "--examples", "41", "--device", "cpu")
     best = str(folder / "best.pt")
+    assert "--checkpoint burn_in: " in refused(best, "--checkpoint", "burn_in", "--device", "cpu")
+    step = ["--direction", "step", "--checkpoint", "best"]
+    assert "--checkpoint best: --direction step is of latest.pt" in refused(str(folder), *step, "--device", "cpu")
     assert "--direction step: " in refused(best, "--direction", "step", "--device", "cpu")

@@ -30,7 +30,7 @@ def test_smoke_run(tmp_path):
     assert run.returncode == 0, run.stderr
     report = json.loads(output.read_text())
     (workload,) = report["subjects"]
-    assert workload["correct"] > 0.5
+    assert workload["correct"] > 0.5 and workload["norm"] == "Linf"
     assert report["bf16_tflops_per_second"] > 0
     times = workload["times"]
     assert set(cost.STEPS) <= set(times)

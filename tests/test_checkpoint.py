@@ -355,6 +355,13 @@ def in_zip(**members: bytes) -> bytes:
         (in_zip(data__pkl=b"x", constants__pkl=b"x"), "a TorchScript archive: save its state_dict"),
         (pickle.dumps({"a": 1}), "a pickle that torch.save did not write"),
         (in_zip(image__npy=b"x", label__npy=b"x"), "NumPy arrays"),
+        (b"", "an empty file"),
+        (b'{"message": "Not Found"}\n', 'text, which begins \'."message": "Not Found".\''),
+        (b"\x08\x08\x12\x07pytorch\x1a\x052.4.1", "an ONNX model"),
+        (b"\x08\x01\x12\xa4\x8f\x03" + bytes(50), "a SavedModel of TensorFlow"),
+        (bytes(60) + bytes.fromhex("57fb808b247547db"), "the index of a TensorFlow checkpoint"),
+        (in_zip(config__json=b"{}", model__weights__h5=b"x"), "a model of Keras"),
+        (b"\x28\xb5\x2f\xfd" + bytes(50), "compressed by zstd"),
     ],
 )
 @pytest.mark.parametrize("foreign", [False, True])

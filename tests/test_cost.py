@@ -10,6 +10,9 @@ from runs import run_training, tiny
 import bench
 from analysis import cost
 from data import DATASETS
+from dyart.losses import clean_loss
+from experiment.folder import Experiment
+from experiment.settings import resolve
 from models import create_model
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +62,26 @@ def test_images_are_taken_from_where_training_took_them(tmp_path, monkeypatch):
     for more in ([], ["--data-dir", str(tmp_path)]):
         cost.load_workload(str(tmp_path / "run"), options("--examples", "20", *more))
     assert asked == [str(tmp_path / "data"), str(tmp_path / "data"), str(tmp_path)]
+
+
+def test_the_norm_and_its_lengths_are_those_of_the_run(tmp_path, monkeypatch):
+    """Or those of --norm. With the r0 of Linf, a step in L2 would leave nearly all margins alone, and cost less."""
+    model = create_model("wrn-10-1-swish", mean=DATASETS["digits"].mean, std=DATASETS["digits"].std)
+    settings = resolve({"dataset": "digits", "model": "wrn-10-1-swish", "norm": "L2"})
+    with Experiment.create(tmp_path, "run", settings, echo=lambda message: None) as experiment:
+        experiment.save_best({"settings": settings, "epoch": 1, "average": model.state_dict()})
+    given = {}
+
+    def loss(model, x, y, **arguments):
+        given.update(arguments)
+        return clean_loss(model, x, y)
+
+    monkeypatch.setitem(cost.LOSSES, "dyart", loss)
+    for flags, norm, r0 in (([], "L2", 1.0), (["--norm", "Linf"], "Linf", None)):
+        workload = cost.load_workload(str(tmp_path / "run"), options("--examples", "8", *flags))
+        given.clear()
+        cost.training_step(workload, "DyART step", options())()
+        assert (workload.norm, given["norm"], given.get("r0")) == (norm, norm, r0)
 
 
 def test_a_step_is_repeatable_and_leaves_its_workload_alone():

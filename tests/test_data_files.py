@@ -110,9 +110,13 @@ def test_wrong_content_is_refused(tmp_path, change, message):
 
 
 def test_foreign_and_empty_files_are_refused_and_missing_ones_are_missing(tmp_path):
-    for content in (b"", b"hello\n", np.random.default_rng(0).bytes(1000)):
+    for content, what in (
+        (b"", "not an .npz file but an empty file"),
+        (b"hello\n", "not an .npz file but text, which begins 'hello'"),
+        (np.random.default_rng(0).bytes(1000), "damaged, truncated or not an .npz file"),
+    ):
         (tmp_path / "train.npz").write_bytes(content)
-        check_refused(tmp_path / "train.npz", "damaged, truncated or not an .npz file")
+        check_refused(tmp_path / "train.npz", what)
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "none.npz")
     with pytest.raises(IsADirectoryError):

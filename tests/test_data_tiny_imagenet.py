@@ -267,7 +267,7 @@ def test_other_files_are_refused(source, tmp_path):
     (tmp_path / "empty.zip").touch()
     (tmp_path / "cut.zip").write_bytes(source.read_bytes()[:-100])
     refuse(tmp_path, tmp_path / "x.npz", "damaged or not Tiny-ImageNet-200 .*no wnids.txt")
-    refuse(tmp_path, tmp_path / "empty.zip", "damaged or not Tiny-ImageNet-200")
+    refuse(tmp_path, tmp_path / "empty.zip", "not Tiny-ImageNet-200's zip but an empty file")
     refuse(tmp_path, tmp_path / "cut.zip", "damaged or not Tiny-ImageNet-200")
     with pytest.raises(FileNotFoundError, match="none.zip: no such file"):
         tiny_imagenet.prepare(tmp_path, tmp_path / "none.zip")

@@ -193,6 +193,12 @@ def test_eps(text, norm, eps, written):
     assert eval_script.radii([text], norm) == [(pytest.approx(eps, rel=1e-15), written)]
 
 
+def test_both_spellings_of_a_length_are_the_same_to_the_last_bit():
+    for tenths in range(10, 2551):
+        text = f"{tenths / 10:g}"
+        assert eval_script.radii([text, f"{text}/255"], "Linf") == [(float(text) / 255, f"{text}/255")]
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -257,17 +263,28 @@ def test_an_evaluation_follows_the_norm_of_its_run(tmp_path, capsys):
     folder = str(tmp_path / "run")
     for argv, norm, eps in [
         ([], "L2", ["0.5"]),
+        (["--weights", "average"], "L2", ["0.5"]),
         (["--eps", "paper"], "L2", ["0.25", "0.5", "0.75", "1"]),
         (["--norm", "Linf"], "Linf", ["8/255"]),
     ]:
-        shown = parsed(folder, *argv, capsys=capsys)
-        assert (shown["norm"], shown["eps"]) == (norm, eps)
+        for target in (folder, f"{folder}/best.pt"):
+            shown = parsed(target, *argv, capsys=capsys)
+            assert (shown["norm"], shown["eps"]) == (norm, eps)
     flags = ["--n", "4", "--version", "custom", "--device", "cpu"]
     assert eval_script.main([folder, *flags]) == 0
     assert eval_script.main([folder, *flags, "--norm", "Linf", "--eps", "20"]) == 0
     records = json.loads((tmp_path / "run" / "autoattack.json").read_text())
     assert [(record["norm"], record["eps_text"]) for record in records] == [("L2", "0.5"), ("Linf", "20/255")]
     assert "best.pt: trained in L2, attacked in Linf (--norm)" in (tmp_path / "run" / "eval.log").read_text()
+
+
+def test_a_run_in_a_norm_that_is_not_known_here_is_attacked_in_linf_with_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "evaluate_all", lambda tasks, *_: [])
+    settings_ = SETTINGS | {"norm": "L1"}
+    with Experiment.create(tmp_path, "run", settings_, echo=lambda message: None) as experiment:
+        experiment.save_best({"settings": settings_, "epoch": 1, "average": new_model(0).state_dict()})
+    assert eval_script.main([str(tmp_path / "run"), "--n", "4", "--device", "cpu"]) == 0
+    assert "best.pt: trained in L1, attacked in Linf\n" in (tmp_path / "run" / "eval.log").read_text()
 
 
 def test_other_test_images_than_before_are_evaluated_afresh_with_a_line(folder, monkeypatch, capsys):

@@ -141,7 +141,15 @@ def test_without_a_full_record_there_is_no_claim(folder, tmp_path, changes):
     assert "```json" not in text
 
 
-@pytest.mark.parametrize(("norm", "eps", "eps_text"), [("L2", 128 / 255, "0.501961"), ("Linf", 2.5 / 255, "2.5/255")])
+@pytest.mark.parametrize(
+    ("norm", "eps", "eps_text"),
+    [
+        ("L2", 128 / 255, "0.501961"),
+        ("Linf", 2.5 / 255, "2.5/255"),
+        ("Linf", 0.5 / 255, "0.5/255"),  # of --eps 0.5, in earlier versions
+        ("L2", 8.0, "8"),  # of no --eps, in earlier versions
+    ],
+)
 def test_the_evaluation_command_of_a_claim_means_what_was_run(folder, tmp_path, capsys, norm, eps, eps_text):
     record = add_record(folder, norm=norm, eps=eps, eps_text=eps_text, n=500, seed=7, version="custom")
     export.main([str(folder), str(tmp_path / "out.pt")])
@@ -176,6 +184,15 @@ def test_the_training_command_of_a_claim_resolves_to_the_runs_settings(argv):
     assert {k: v for k, v in again.items() if k not in settings.PLACE} == {
         k: v for k, v in values.items() if k not in settings.PLACE
     }
+
+
+def test_no_training_command_is_shown_where_none_says_a_length(folder, tmp_path):
+    """As of a run with --attack-eps 8, which meant 8.0 before."""
+    identity = {"model": MODEL, "dataset": "cifar10", "group_norm": False, "normalize": True, "checkpoint": "best.pt"}
+    identity |= {"weights": "average", "sha256": "", "mean": None, "std": None}
+    for eps, is_said in ((8 / 255, True), (8.0, False)):
+        values = run_settings() | {"attack_eps": eps}
+        assert ("python train.py" in export.claim(values, [], identity, Path("out.pt"))) == is_said
 
 
 def test_in_a_locale_without_utf8_the_claim_is_written_and_told_of(tmp_path):

@@ -434,6 +434,25 @@ def test_a_folder_from_before_a_setting_was_added_goes_on(tmp_path: Path) -> Non
     assert not differences(found, expected)
 
 
+def test_lengths_of_a_folder_from_before_they_meant_the_same_everywhere_are_not_read_again(
+    tmp_path: Path, kill: Kill, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where --attack-eps 8 was 8.0, and --r0 0.5 was 0.5."""
+    with kill.when(lambda number, event: event == "check"):
+        assert killed(*tiny(tmp_path, "--train-subset", "16", "--r0", "1/2", "--method", "clean"))
+    folder = tmp_path / "run"
+    values = yaml.safe_load((folder / "args.yaml").read_text()) | {"attack_eps": 8.0, "attack_step": 2.0}
+    (folder / "args.yaml").write_text(yaml.safe_dump(values))
+    for flags in (["--attack-eps", "8/255"], ["--attack-step", "1"], ["--r0", "0.6"]):
+        assert flags[0] in refusal(capsys, "--resume", str(folder), *flags)
+    assert values["r0"] == 0.5
+    for flags in ([], ["--attack-eps", "8", "--attack-step", "2", "--r0", "0.5"], ["--h_prime_r0", "127.5/255"]):
+        capsys.readouterr()
+        assert run_training("--resume", str(folder), *flags, "--dry-run") == 0
+        shown = yaml.safe_load(capsys.readouterr().out)
+        assert [shown[name] for name in ("attack_eps", "attack_step", "r0")] == [8.0, 2.0, 0.5]
+
+
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.lists(st.integers(), max_size=2)
 )

@@ -111,13 +111,35 @@ def test_the_figures_of_two_checkpoints_do_not_mix(tmp_path):
     python.chmod(0o755)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "burn_in.pt").touch()
-    for flags, figures in ((["run"], "run/figures"), (["run", "--output-dir", "there", "--seed", "1"], "there")):
+
+    def calls(*flags: str) -> list[list[str]]:
         command = ["bash", "scripts/analyze.sh", *flags]
         output = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-        called = [shlex.split(line) for line in output.splitlines()]
+        return [shlex.split(line)[1:] for line in output.splitlines()]
+
+    for flags, figures in ((["run"], "run/figures"), (["run", "--output-dir", "there", "--seed", "1"], "there")):
+        called = calls(*flags)
         folders = [[words[i + 1] for i, word in enumerate(words) if word == "--output-dir"][-1] for words in called]
         assert folders == [f"{figures}/burn_in", figures]
         assert [words[-1] if "--checkpoint" in words else None for words in called] == [f"{figures}/burn_in", None]
+    # The optimizer's step is that of latest.pt: there is one picture, and of a bare file and the toy as well.
+    step = ["run", "--direction", "step"]
+    assert calls(*step) == [[*step, "--output-dir", "run/figures"]]
+    for flags in (["--toy"], ["run/burn_in.pt", "--model", "wrn-10-1"], ["--output-dir", "there", "run"]):
+        assert calls(*flags) == [flags]
+
+
+def test_searches_are_compared_from_one_burn_in(tmp_path):
+    """Runs that are there from another burn-in are not taken for those of this one."""
+    command = [sys.executable, str(ROOT / "scripts" / "compare_searches_report.py"), str(tmp_path), "/a/burn_in.pt"]
+    for search, burn_in in (("fast", "/a/burn_in.pt"), ("fab", "/b/burn_in.pt")):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+        (tmp_path / f"{search}-0").mkdir()
+        (tmp_path / f"{search}-0" / "args.yaml").write_text(f"pretrained: {burn_in}\n")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "fab-0 started from /b/burn_in.pt, not from /a/burn_in.pt" in done.stderr
 
 
 def test_baselines_without_a_method_are_all_three(script):
@@ -136,6 +158,8 @@ def test_baselines_without_a_method_are_all_three(script):
         ("resume", "", "resume.sh FOLDER"),
         ("resume", "missing", "missing: no such experiment folder"),
         ("eval", "", "eval.sh FOLDER"),
+        ("quickstart", "--epochs 5", "quickstart.sh takes no flags, not --epochs"),
+        ("compare_searches", "a.pt there 0 1", "compare_searches.sh BURN-IN [FOLDER] [SEEDS]"),
         ("analyze", "some --checkpoint epoch_0010", "analyze.sh sets --checkpoint itself, not epoch_0010"),
         ("Cifar10_DyART", "--method at", "Cifar10_DyART.sh sets --method itself (dyart), not at"),
         (
