@@ -68,9 +68,10 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
     if dry_run:
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
-    total = stages_of(settings)[-1]
-    if loaded is not None and loaded.state["progress"]["epoch"] == total.first + total.epochs:
-        tqdm.write(f"{folder}: nothing left to do, all {total.first + total.epochs} epochs are finished")
+    last = stages_of(settings)[-1]
+    epochs = last.epochs_before + last.epochs
+    if loaded is not None and loaded.state["progress"]["epoch"] == epochs:
+        tqdm.write(f"{folder}: nothing left to do, all {epochs} epochs are finished")
         return 0
 
     # A folder is made, or changed, only when everything that the run needs is there.
@@ -165,7 +166,7 @@ def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> Non
     settings, stages = run.settings, stages_of(run.settings)
     while True:
         last_stage = run.progress.stage == len(stages) - 1
-        while run.progress.epoch < run.stage.first + run.stage.epochs:
+        while run.progress.epoch < run.stage.epochs_before + run.stage.epochs:
             try:
                 train_epoch(run, experiment, signals)
                 check_finite(run, experiment)
@@ -174,11 +175,12 @@ def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> Non
                 scores |= track_dynamics(run, data.train)
             except Interrupted:
                 check_finite(run, experiment)
-                experiment.save_latest(run.checkpoint())
+                experiment.save_latest(run.checkpoint_to_resume())
                 raise
             end_epoch(run, scores, experiment, last_stage=last_stage)
         if last_stage:
             return
+        # The next stage starts from this one's averaged weights.
         run.model.load_state_dict(run.average.model.state_dict())
         run = begin_stage(settings, run.progress.stage + 1, run.model, data, run.progress)
 
@@ -195,7 +197,7 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
     saved = time.monotonic()
     bar = tqdm(
         loader.epoch(progress.epoch, progress.step),
-        desc=f"{stage.name} {progress.epoch + 1}/{stage.first + stage.epochs}",
+        desc=f"{stage.name} {progress.epoch + 1}/{stage.epochs_before + stage.epochs}",
         initial=progress.step,
         total=len(loader),
         leave=False,
@@ -208,7 +210,7 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
             signals.check()
             if time.monotonic() - saved > 60 * (run.settings["checkpoint_minutes"] or math.inf):
                 check_finite(run, experiment)
-                experiment.save_latest(run.checkpoint())
+                experiment.save_latest(run.checkpoint_to_resume())
                 saved = time.monotonic()
 
 
@@ -217,37 +219,37 @@ def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment) -> None:
     settings, stage, progress, device = run.settings, run.stage, run.progress, run.loader.device
     options = loss_options(settings, stage.method)
     if stage.method != "clean":
-        seed = step_seed(settings, stage.first, progress.total_steps)
+        seed = step_seed(settings, stage.epochs_before, progress.total_steps)
         options["generator"] = torch.Generator(device).manual_seed(seed)
     if stage.method == "dyart":
         options["graphs"] = run.graphs
     if settings["channels_last"]:
         x = x.contiguous(memory_format=torch.channels_last)
-    first = progress.total_steps == progress.bad_steps
+    no_step_taken = progress.total_steps == progress.bad_steps
 
     def momentum_of(usual: float) -> float:
         # The first step that a run takes has the statistics of its batch as they are.
-        if first or settings["rules"] < 2:
-            return 1.0 if first else usual
+        if no_step_taken or settings["rules"] < 2:  # 1: folders from before short runs had their own
+            return 1.0 if no_step_taken else usual
         return statistics_momentum(usual, stage.epochs * len(run.loader))
 
-    running = [buffer.clone() for buffer in run.model.buffers()]
+    buffers_before = [buffer.clone() for buffer in run.model.buffers()]
 
     run.optimizer.zero_grad()
     with batch_norm_momentum(run.model, momentum_of), anomalies_detected(run):
         with mixed_precision(settings["amp"], device.type):
             loss, metrics = LOSSES[stage.method](run.model, x, y, **options)
         loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip_grad or math.inf).item()
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip_grad or math.inf).item()
     progress.step += 1
     progress.total_steps += 1
-    if math.isfinite(norm) and math.isfinite(loss.item()):
+    if math.isfinite(grad_norm) and math.isfinite(loss.item()):
         run.optimizer.step()
-        run.average.update(run.model, (progress.epoch - stage.first) * len(run.loader) + progress.step)
-        run.meter.add(metrics, norm, len(y))
+        run.average.update(run.model, (progress.epoch - stage.epochs_before) * len(run.loader) + progress.step)
+        run.meter.add(metrics, grad_norm, len(y))
         progress.bad_in_a_row = 0
     else:
-        skip_step(run, running, loss.item(), norm, experiment)
+        skip_step(run, buffers_before, loss.item(), grad_norm, experiment)
     if SCHEDULES[stage.scheduler].every_step:
         run.advance_schedule()
 
@@ -322,17 +324,17 @@ def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, las
     run.meter = Meter()
     experiment.append_metrics(row)
     experiment.log(describe(row, run.settings["norm"]))
-    weights = run.weights(scores)
+    weights = run.checkpoint_to_evaluate(scores)
     score = [scores["val_robust"], scores["val_clean"]]
-    if last_stage and score >= progress.best:
+    if last_stage and score >= progress.best:  # [] at first; of equal ones the latest
         progress.best = score
         experiment.save_best(weights)
-    if not last_stage and progress.epoch == stage.first + stage.epochs:
+    if not last_stage and progress.epoch == stage.epochs_before + stage.epochs:
         experiment.save_named("burn_in", weights)
     every = run.settings["save_every"]
     if every and progress.epoch % every == 0:
         experiment.save_named(f"epoch_{progress.epoch:04d}", weights)
-    experiment.save_latest(run.checkpoint())
+    experiment.save_latest(run.checkpoint_to_resume())
 
 
 if __name__ == "__main__":

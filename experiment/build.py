@@ -19,11 +19,11 @@ from models.wide_resnet import WideResNet
 
 
 class Stage(NamedTuple):
-    """A part of a run with one loss, optimizer and schedule; epochs are counted from `first` + 1 through the run."""
+    """A part of a run with one loss, optimizer and schedule, after `epochs_before` epochs of other parts."""
 
     name: str
     method: str
-    first: int
+    epochs_before: int
     epochs: int
     lr: float
     scheduler: str
@@ -33,10 +33,12 @@ class Stage(NamedTuple):
 
 def stages_of(settings: dict[str, Any]) -> list[Stage]:
     """The burn-in, where there is one, and the method."""
-    s, first = settings, settings["burn_in_epochs"]
-    burn_in = Stage("burn-in", "clean", 0, first, s["burn_in_lr"], "constant", s["burn_in_batch_size"], None)
-    main = Stage(s["method"], s["method"], first, s["epochs"], s["lr"], s["scheduler"], s["batch_size"], s["clip_grad"])
-    return [burn_in, main] if first else [main]
+    s, before = settings, settings["burn_in_epochs"]
+    burn_in = Stage("burn-in", "clean", 0, before, s["burn_in_lr"], "constant", s["burn_in_batch_size"], None)
+    main = Stage(
+        s["method"], s["method"], before, s["epochs"], s["lr"], s["scheduler"], s["batch_size"], s["clip_grad"]
+    )
+    return [burn_in, main] if before else [main]
 
 
 class Data(NamedTuple):

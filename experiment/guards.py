@@ -18,17 +18,20 @@ class Diverged(Exception):
     """Too many steps in a row with a loss or gradient that is not finite."""
 
 
-def skip_step(run: Run, running: list[Tensor], loss: float, norm: float, experiment: Experiment) -> None:
-    """Leave out a step whose loss or gradient is not finite; too many in a row raise Diverged."""
+def skip_step(run: Run, buffers: list[Tensor], loss: float, grad_norm: float, experiment: Experiment) -> None:
+    """Leave out a step whose loss or gradient is not finite, and put back the model's `buffers` from before it.
+
+    Raises Diverged after too many in a row.
+    """
     with torch.no_grad():
-        for buffer, before in zip(run.model.buffers(), running, strict=True):
+        for buffer, before in zip(run.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
     progress = run.progress
     progress.bad_steps += 1
     progress.bad_in_a_row += 1
     rate = run.optimizer.param_groups[0]["lr"]
     where = f"epoch {progress.epoch + 1}, batch {progress.step}, lr {rate:.4g}"
-    experiment.log(f"skipped a step: loss {loss:.4g}, gradient norm {norm:.4g} ({where})")
+    experiment.log(f"skipped a step: loss {loss:.4g}, gradient norm {grad_norm:.4g} ({where})")
     if progress.bad_in_a_row >= MAX_BAD_STEPS:
         problem = f"loss or gradient not finite in {MAX_BAD_STEPS} steps in a row, up to {where}"
         raise Diverged(f"{problem}; {last_good(experiment)}")

@@ -124,7 +124,7 @@ def add_normalization_flags(group: Any, default: Any) -> None:
 def build_parser() -> flags.Parser:
     """The flags of train.py; those whose default is SUPPRESS take it from the recipe, or from other flags."""
     p = flags.Parser(prog="train.py", description="Train into an experiment folder: burn-in, then a method.")
-    open_ = argparse.SUPPRESS
+    from_recipe = argparse.SUPPRESS
     positive = number(above=0)
     length = flags.length_text(positive)
 
@@ -134,39 +134,49 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--model",
         type=model_name,
-        default=open_,
+        default=from_recipe,
         help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD (the recipe's)",
     )
     add_switch(g, "--group-norm", "--GroupNorm", default=False, help="GroupNorm in the place of BatchNorm")
-    add_normalization_flags(g, default=open_)
+    add_normalization_flags(g, default=from_recipe)
     g.add_argument("--method", choices=list(LOSSES), default="dyart", help="of training, after the burn-in")
     g.add_argument("--pretrained", metavar="FILE|FOLDER", type=path, default=None, help="weights to start from")
     which = "of a file with several: average, raw or a name in the file (the average, where there is one)"
     g.add_argument("--pretrained-weights", "--weights", metavar="NAME", default=None, help=which)
 
     g = p.add_argument_group("training (where no default is given: the recipe's)")
-    g.add_argument("--burn-in-epochs", type=whole(), default=open_, help="epochs of clean training before the method")
+    g.add_argument(
+        "--burn-in-epochs", type=whole(), default=from_recipe, help="epochs of clean training before the method"
+    )
     g.add_argument("--burn-in-lr", type=positive, default=0.1, help="its constant learning rate")
     g.add_argument("--burn-in-batch-size", type=whole(least=1), default=256, help="its batch size")
-    g.add_argument("--epochs", type=whole(least=1), default=open_, help="epochs of the method")
-    g.add_argument("--batch-size", type=whole(least=1), default=open_, help="images a step")
-    g.add_argument("--lr", type=positive, default=open_, help="learning rate, at its peak")
-    g.add_argument("--scheduler", choices=list(SCHEDULES), default=open_, help="of the learning rate")
+    g.add_argument("--epochs", type=whole(least=1), default=from_recipe, help="epochs of the method")
+    g.add_argument("--batch-size", type=whole(least=1), default=from_recipe, help="images a step")
+    g.add_argument("--lr", type=positive, default=from_recipe, help="learning rate, at its peak")
+    g.add_argument("--scheduler", choices=list(SCHEDULES), default=from_recipe, help="of the learning rate")
     g.add_argument(
         "--momentum", type=number(least=0, most=0.999), default=MOMENTUM, help="one-cycle schedules set their own"
     )
     add_switch(g, "--nesterov", default=True, help="Nesterov momentum")
     g.add_argument("--weight-decay", type=number(least=0), default=5e-4, help="not on a WRN's normalization layers")
-    g.add_argument("--clip-grad", "--clip_grad", type=optional(positive), default=open_, help="gradient norm, or none")
+    g.add_argument(
+        "--clip-grad", "--clip_grad", type=optional(positive), default=from_recipe, help="gradient norm, or none"
+    )
     g.add_argument("--tau", type=number(least=0, most=0.999999), default=0.995, help="decay of the weight average")
     add_switch(g, "--augment", default=True, help="random crop and flip")
     g.add_argument("--train-subset", type=optional(whole(least=1)), default=None, help="this many, class-balanced")
     g.add_argument("--seed", type=whole(most=2**32 - 1), default=0, help="of weights, batches and attacks")
 
     g = p.add_argument_group("DyART (where no default is given: the recipe's)")
-    g.add_argument("--r0", "--h_prime_r0", type=length, default=open_, help="larger margins are left alone: 16/255")
-    g.add_argument("--alpha", "--h_prime_alpha", type=number(least=0), default=open_, help="priority of small margins")
-    g.add_argument("--lambda-robust", "--lam_robust", type=number(least=0), default=open_, help="of the robust term")
+    g.add_argument(
+        "--r0", "--h_prime_r0", type=length, default=from_recipe, help="larger margins are left alone: 16/255"
+    )
+    g.add_argument(
+        "--alpha", "--h_prime_alpha", type=number(least=0), default=from_recipe, help="priority of small margins"
+    )
+    g.add_argument(
+        "--lambda-robust", "--lam_robust", type=number(least=0), default=from_recipe, help="of the robust term"
+    )
     g.add_argument("--temperature", type=positive, default=5.0, help="of the soft logit margin")
     g.add_argument("--norm", choices=list(NORMS), default="Linf", help="of margins and attacks")
     g.add_argument("--search", choices=list(SEARCHES), default="fast", help="for boundary points; fab: as released")
@@ -177,12 +187,12 @@ def build_parser() -> flags.Parser:
     overshoot = (
         "train so far beyond boundary points, as a share of their distance (0.05; with fab, whose are beyond, 0)"
     )
-    g.add_argument("--overshoot", type=number(least=0), default=open_, help=overshoot)
+    g.add_argument("--overshoot", type=number(least=0), default=from_recipe, help=overshoot)
 
     g = p.add_argument_group("baselines, and the attack of baselines and validation")
     g.add_argument("--beta", type=released_beta, default=6.0, help="of TRADES and MART")
-    g.add_argument("--attack-eps", type=length, default=open_, help="8/255 for Linf, 128/255 for L2")
-    g.add_argument("--attack-step", type=length, default=open_, help="a quarter of --attack-eps")
+    g.add_argument("--attack-eps", type=length, default=from_recipe, help="8/255 for Linf, 128/255 for L2")
+    g.add_argument("--attack-step", type=length, default=from_recipe, help="a quarter of --attack-eps")
     g.add_argument("--attack-iter", type=whole(least=1), default=10, help="PGD steps of the baselines")
     g.add_argument("--validation-attack-iter", type=whole(least=1), default=40, help="PGD steps of validation")
     g.add_argument("--validation-size", type=optional(whole(least=1)), default=None, help="images, of those held out")
@@ -227,13 +237,13 @@ def build_parser() -> flags.Parser:
     p.add_argument("--rules", type=whole(least=1, most=2), default=2, help=argparse.SUPPRESS)
 
     # Released spellings that have no flag of their own here; `translate` says what they mean.
-    add_switch(p, "--clean_training", default=open_, help=argparse.SUPPRESS)
-    add_switch(p, "--DyART", dest="dyart", default=open_, help=argparse.SUPPRESS)
-    add_switch(p, "--mart", default=open_, help=argparse.SUPPRESS)
-    p.add_argument("--iter_FAB", type=whole(least=1), default=open_, help=argparse.SUPPRESS)
-    p.add_argument("--eps_FAB", type=from_zero, default=open_, help=argparse.SUPPRESS)
-    p.add_argument("--attack", choices=["linf-pgd", "l2-pgd"], default=open_, help=argparse.SUPPRESS)
-    p.add_argument("--resume_fname", default=open_, help=argparse.SUPPRESS)
+    add_switch(p, "--clean_training", default=from_recipe, help=argparse.SUPPRESS)
+    add_switch(p, "--DyART", dest="dyart", default=from_recipe, help=argparse.SUPPRESS)
+    add_switch(p, "--mart", default=from_recipe, help=argparse.SUPPRESS)
+    p.add_argument("--iter_FAB", type=whole(least=1), default=from_recipe, help=argparse.SUPPRESS)
+    p.add_argument("--eps_FAB", type=from_zero, default=from_recipe, help=argparse.SUPPRESS)
+    p.add_argument("--attack", choices=["linf-pgd", "l2-pgd"], default=from_recipe, help=argparse.SUPPRESS)
+    p.add_argument("--resume_fname", default=from_recipe, help=argparse.SUPPRESS)
     return p
 
 
@@ -331,6 +341,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     values = with_lengths(values, values["norm"])
     dataset, method, norm = values["dataset"], values["method"], values["norm"]
     generated = values["aux_data_filename"] is not None
+    # What is given goes before the recipe.
     values = recipe(dataset, method, generated=generated, group_norm=values["group_norm"], norm=norm) | values
     values |= resolve_normalization(values)
     values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])

@@ -74,7 +74,7 @@ def set_rng_states(states: dict[str, Any]) -> None:
 
 @dataclass
 class Run:
-    """What a run is made of while a stage is under way; `checkpoint` holds all of its state."""
+    """What a run is made of while a stage is under way; `checkpoint_to_resume` holds all of its state."""
 
     settings: dict[str, Any]
     stage: Stage
@@ -87,13 +87,13 @@ class Run:
     meter: Meter
     graphs: CudaGraphs | None
 
-    def weights(self, scores: dict[str, float]) -> dict[str, Any]:
+    def checkpoint_to_evaluate(self, scores: dict[str, float]) -> dict[str, Any]:
         """A checkpoint to evaluate."""
         weights = {"settings": self.settings, "model": self.model.state_dict()}
         weights["average"] = self.average.model.state_dict()
         return weights | {"epoch": self.progress.epoch, "stage": self.stage.name, "validation": scores}
 
-    def checkpoint(self) -> dict[str, Any]:
+    def checkpoint_to_resume(self) -> dict[str, Any]:
         """A checkpoint to resume from."""
         return {
             "settings": self.settings,
@@ -108,7 +108,7 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any], source: Path) -> None:
-        """Put back what `checkpoint` gave, but for the settings. Raises ValueError for what does not fit this run."""
+        """Put back what `checkpoint_to_resume` gave, but the settings. Raises ValueError for what does not fit."""
         load_weights(self.model, state.get("model"), f"{source}: model")
         load_weights(self.average.model, state.get("average"), f"{source}: average")
         check_state(state.get("progress"), vars(self.progress), f"{source}: progress")
@@ -237,7 +237,10 @@ def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
             )
     stages, progress = stages_of(settings), state["progress"]
     index, epoch = progress["stage"], progress["epoch"]
-    if not (0 <= index < len(stages) and stages[index].first <= epoch <= stages[index].first + stages[index].epochs):
+    if not (
+        0 <= index < len(stages)
+        and stages[index].epochs_before <= epoch <= stages[index].epochs_before + stages[index].epochs
+    ):
         raise FileError(f"{path}: stage {index}, epoch {epoch} is not a place in this run")
 
 

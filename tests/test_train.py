@@ -262,8 +262,8 @@ def test_gradients_are_clipped_and_their_norm_before_that_is_written_down(
 def test_the_burn_in_has_no_generated_data_and_no_clipping() -> None:
     settings = resolve({"dataset": "digits", "burn_in_epochs": 3, "epochs": 4})
     burn_in, main = build.stages_of(settings)
-    assert (burn_in.method, burn_in.first, burn_in.epochs, burn_in.clip_grad) == ("clean", 0, 3, None)
-    assert (main.method, main.first, main.epochs, main.clip_grad) == ("dyart", 3, 4, 0.1)
+    assert (burn_in.method, burn_in.epochs_before, burn_in.epochs, burn_in.clip_grad) == ("clean", 0, 3, None)
+    assert (main.method, main.epochs_before, main.epochs, main.clip_grad) == ("dyart", 3, 4, 0.1)
     images = Split(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
 
     class Generated:
