@@ -22,7 +22,18 @@ from torch.autograd.function import once_differentiable
 
 from dyart.attacks import kl_divergence, log_probabilities, pgd
 from dyart.graphs import CudaGraphs
-from dyart.margin import find_boundary, is_locally_closest, margin_gradient_weights, soft_logit_margin
+from dyart.margin import (
+    approach_boundary,
+    find_boundary,
+    is_locally_closest,
+    margin_gradient_weights,
+    soft_logit_margin,
+)
+from dyart.modes import batch_norm_momentum
+
+# The search of `dyart_loss` whose passes are shared with the loss, and the linearizations that it takes.
+SHARED = "shared"
+SHARED_STEPS = 2
 
 
 def clean_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -231,11 +242,19 @@ def dyart_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DyART: mean CE(x) + (λ/n) Σ h(R_β(x)) over the correct examples, with h'(R) = −exp(−αR) for R < r0, else 0.
 
-    Without overshoot the gradient is exact; the value of the robust term is that of its surrogate,
+    The value of the robust term is that of its surrogate,
     −(λ/n) Σ exp(−αR_i)·1[R_i < r0] / ‖∇_x Φ_β(x̂_i)‖_q · Φ_β(x̂_i; θ), with x̂_i and the weight held constant: about 0.
-    n is the whole batch. The search for the x̂_i runs in eval mode; the two forward passes run in train mode, the
-    boundary points first, so that the running statistics end on those of the clean batch. The loss carries the
-    gradient of the robust term in the parameters ready-made, so it cannot be differentiated twice.
+    n is the whole batch. The loss carries the gradient in the parameters ready-made, so it cannot be differentiated
+    twice.
+
+    With the searches of `find_boundary` and without overshoot that gradient is exact, for a model without BatchNorm:
+    x̂_i and its weight are found in eval mode, and the two forward passes that are trained on run in train mode, the
+    boundary points first, so that the running statistics end on those of the clean batch.
+
+    With search "shared" it is an approximation at a fraction of the price, good enough to train on. One pass in train
+    mode gives CE(x), its gradient in the parameters and in x; the latter is −(1 − p_y) ∇_x Φ_1, and is taken for the
+    direction of ∇_x Φ_β. From there `approach_boundary` goes on; whether its points lie on the boundary is not looked
+    at. Their weights are of the last linearization before them.
 
     Parameters
     ----------
@@ -247,10 +266,13 @@ def dyart_loss(
         α: the smaller a margin, the larger its weight exp(−αR); R in pixels of [0, 1].
     r0 : float
         Margins of r0 and more are left alone.
-    temperature, norm, search, steps, init_radius, generator, graphs
-        The boundary search, see `dyart.margin.find_boundary`.
+    temperature, norm, steps, init_radius, generator, graphs
+        The boundary search, see `dyart.margin.find_boundary`; of "shared", `dyart.margin.approach_boundary`, which
+        takes no init_radius and no graphs.
+    search : str
+        "fast" or "fab", those of `find_boundary`; or "shared".
     high_quality : bool
-        Leave out the boundary points that do not pass `dyart.margin.is_locally_closest`.
+        Leave out the boundary points that do not pass `dyart.margin.is_locally_closest`; not with "shared".
     overshoot : float
         Where Φ_β of the robust term is taken: beyond x̂_i by this share of its distance, at x_i + (1 + overshoot)
         (x̂_i − x_i) clamped to the box. At 0 the gradient is that of the margins.
@@ -260,30 +282,28 @@ def dyart_loss(
     loss : Tensor, scalar
     metrics : dict
         `loss`, `clean_loss`, `robust_loss` (the surrogate), `clean_accuracy` and, as shares of the batch, `found` and
-        `kept` boundary points; `margins` (n,) in pixels of [0, 1], nan where none was found.
+        `kept` boundary points; `margins` (n,) in pixels of [0, 1], nan where none was found (with "shared", what the
+        last linearization makes of them).
 
     Raises
     ------
     ValueError
-        For an empty batch, an overshoot out of range, and as `find_boundary` does.
+        For an empty batch, an overshoot out of range, what "shared" does not take, and as the search does.
 
     Source: Xu et al., 2023, section 4.
     """
     _check(x)
     if not 0 <= overshoot < math.inf:
         raise ValueError(f"overshoot must be finite and at least 0, got {overshoot}")
-    boundary = find_boundary(
-        model,
-        x,
-        y,
-        norm=norm,
-        temperature=temperature,
-        search=search,
-        steps=steps,
-        init_radius=init_radius,
-        generator=generator,
-        graphs=graphs,
-    )
+    if search == SHARED:
+        if init_radius or high_quality or graphs is not None:
+            raise ValueError(f"search {SHARED!r} takes no init_radius, no high_quality and no graphs")
+        clean, logits, value, grad = _clean_pass(model, x, y, temperature)
+        steps = SHARED_STEPS if steps is None else steps
+        boundary = approach_boundary(model, x, y, value, grad, norm=norm, temperature=temperature, steps=steps)
+    else:
+        options = {"norm": norm, "temperature": temperature, "search": search, "steps": steps}
+        boundary = find_boundary(model, x, y, **options, init_radius=init_radius, generator=generator, graphs=graphs)
     kept = is_locally_closest(x, boundary, norm) if high_quality else boundary.found
     push = torch.exp(-alpha * boundary.margin) * (boundary.margin < r0) * margin_gradient_weights(boundary, norm)
     rows = kept.nonzero()[:, 0]
@@ -293,16 +313,38 @@ def dyart_loss(
         points = boundary.x[rows]
         if overshoot:
             points = (x[rows] + (1 + overshoot) * (points - x[rows])).clamp(0, 1)
-        value = soft_logit_margin(model(points), y[rows], temperature)
+        # Coming after the clean batch, the points count for no more than it, also in the first step (momentum 1).
+        with batch_norm_momentum(model, lambda usual: min(usual, 0.5) if search == SHARED else usual):
+            value = soft_logit_margin(model(points), y[rows], temperature)
         robust = _freed(-lambda_robust / len(x) * (push[rows] * value).sum(), model)
-    logits = model(x)
-    clean = F.cross_entropy(logits, y)
+    if search != SHARED:
+        logits = model(x)
+        clean = F.cross_entropy(logits, y)
     loss = clean + robust
     metrics = _detached(loss=loss, clean_loss=clean, robust_loss=robust, clean_accuracy=_accuracy(logits, y))
     metrics["found"] = boundary.found.float().mean()
     metrics["kept"] = kept.float().mean()
     metrics["margins"] = torch.where(boundary.found, boundary.margin, math.nan)
     return loss, metrics
+
+
+def _clean_pass(model: nn.Module, x: Tensor, y: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """CE(x) with its gradient in the parameters; the logits; Φ_β(x) (n,); and ∇_x Φ_1 (n, ...), all in one pass.
+
+    CE = log(1 + exp(−Φ_1)), and so ∇_x CE = −σ(−Φ_1) ∇_x Φ_1. Taken as that, it keeps its digits where p_y is nearly 1.
+    """
+    model.train()
+    pixels = x.detach().requires_grad_(True)
+    logits = model(pixels)
+    margin = soft_logit_margin(logits, y, 1.0)
+    clean = F.softplus(-margin).mean()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    *gradients, grad = torch.autograd.grad(clean, [*parameters, pixels], allow_unused=True)
+    with torch.no_grad():
+        slope = torch.sigmoid(-margin.detach()) / len(x)
+        grad = -grad / slope.view(-1, *[1] * (x.dim() - 1))
+        value = soft_logit_margin(logits.detach(), y, temperature)
+    return _Known.apply(clean.detach(), gradients, *parameters), logits.detach(), value, grad
 
 
 class _Known(torch.autograd.Function):

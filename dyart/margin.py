@@ -165,12 +165,7 @@ def find_boundary(
 
     def nearest_points(origin: Tensor, begin: Tensor, labels: Tensor) -> _Nearest:
         def linearize(points: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-            """Φ and ∇_x Φ at `points` (m, d), whose labels are those of `rows`: one pass through the network."""
-            with torch.enable_grad():
-                pixels = points.view(-1, *shape).requires_grad_(True)
-                value = soft_logit_margin(model(pixels), labels[rows], temperature)
-                (grad,) = torch.autograd.grad(value.sum(), pixels)
-            return value.detach(), grad.flatten(1)
+            return _linearize(model, points.view(-1, *shape), labels[rows], temperature)
 
         def evaluate(points: Tensor, rows: Tensor | slice) -> Tensor:
             return soft_logit_margin(model(points.view(-1, *shape)), labels[rows], temperature)
@@ -193,6 +188,15 @@ def find_boundary(
         value=nearest.value,
         grad=nearest.grad.view(x.shape),
     )
+
+
+def _linearize(model: nn.Module, pixels: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Φ (m,) and ∇_x Φ (m, d) at `pixels` (m, ...): one forward and one backward pass through the network."""
+    with torch.enable_grad():
+        pixels = pixels.requires_grad_(True)
+        value = soft_logit_margin(model(pixels), labels, temperature)
+        (grad,) = torch.autograd.grad(value.sum(), pixels)
+    return value.detach(), grad.flatten(1)
 
 
 class _Nearest(NamedTuple):
@@ -285,15 +289,10 @@ def _search_fast(
     x, correct = origin[rows], correct[rows]
     move = start[rows] - x
     value, grad = (value[rows], grad[rows]) if start is origin else linearize(start[rows], rows)
-    normal = 0
+    normal = None
     for step in range(steps):
         left = weight * (1 - step / steps)
-        steepness = norm.dual(grad).clamp_min(_tiny(x))
-        unit = grad / steepness[:, None]
-        normal = unit if step == 0 else (normal + unit) / 2
-        gain = (unit * move).sum(1) - value / steepness
-        move = (1 - left) * move + left * norm.project(x, normal, gain)
-        onto = (gain / (unit * move).sum(1)).nan_to_num(nan=1.0).clamp(0.5, 2)
+        move, onto, normal = _turn(x, move, normal, value, grad, norm, left)
         beyond = OVERSHOOT * left * torch.where(nearest.distance.isfinite(), 1, 3)
         at = (x + ((1 + beyond) * onto)[:, None] * move).clamp_(0, 1)
         move = at - x
@@ -302,6 +301,88 @@ def _search_fast(
     for field, part in zip(everywhere, nearest, strict=True):
         field[rows] = part
     return everywhere
+
+
+def _turn(
+    x: Tensor, move: Tensor, normal: Tensor | None, value: Tensor, grad: Tensor, norm: Norm, weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn the moves (n, d) from x by what is known of Φ at x + move: one step of the fast search.
+
+    Returns the moves, the factors (n,) that bring them onto the boundary of the linearized Φ, and the average of the
+    gradients met so far, which the next step wants for `normal`; the first has None.
+    """
+    steepness = norm.dual(grad).clamp_min(_tiny(x))
+    unit = grad / steepness[:, None]
+    normal = unit if normal is None else (normal + unit) / 2
+    gain = (unit * move).sum(1) - value / steepness
+    move = (1 - weight) * move + weight * norm.project(x, normal, gain)
+    onto = (gain / (unit * move).sum(1)).nan_to_num(nan=1.0).clamp(0.5, 2)
+    return move, onto, normal
+
+
+def approach_boundary(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    *,
+    norm: str = "Linf",
+    temperature: float = 5.0,
+    steps: int = 2,
+) -> Boundary:
+    """Boundary points that are good enough to train on, from a pass at x that somebody has taken already.
+
+    The first of `steps` linearizations is the one given; each of the others takes one pass of the correctly classified
+    examples, in eval mode. The points lie where the last linearization has its boundary: on which side of the true one
+    that is, nobody has looked. To measure margins there is `find_boundary`.
+
+    Parameters
+    ----------
+    model, x, labels, norm, temperature
+        As in `find_boundary`.
+    value : Tensor (n,)
+        Φ_β at x. Examples where it is not positive have no margin.
+    grad : Tensor (n, ...)
+        ∇_x Φ at x, or what is near it; rows that are 0, or not finite, are not found.
+    steps : int
+        Linearizations, at least 1.
+
+    Returns
+    -------
+    Boundary
+        `value` and `grad` are those of the last linearization, which was taken one step before `x` is reached.
+
+    Raises
+    ------
+    ValueError
+        For an unknown norm, or steps < 1.
+    """
+    the_norm = lookup_norm(norm)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    steepness = the_norm.dual(grad.flatten(1))
+    found = (value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()
+    whole = Boundary(x.detach().clone(), found, torch.zeros_like(value), value.clone(), grad.clone())
+    rows = found.nonzero()[:, 0]
+    if not len(rows):
+        return whole
+    origin, labels = x.detach()[rows].flatten(1), labels[rows]
+    value, grad = value[rows], grad[rows].flatten(1)
+    at, move, normal = origin, torch.zeros_like(origin), None
+    with frozen(model), torch.no_grad():
+        for step in range(steps):
+            if step:
+                value, grad = _linearize(model, at.view(-1, *x.shape[1:]), labels, temperature)
+            left = 1 - step / steps
+            move, onto, normal = _turn(origin, move, normal, value, grad, the_norm, left)
+            # The next linearization is taken a little beyond, as in the fast search before it has found a point.
+            beyond = 3 * OVERSHOOT * left if step + 1 < steps else 0
+            at = (origin + ((1 + beyond) * onto)[:, None] * move).clamp(0, 1)
+            move = at - origin
+    whole.x[rows], whole.margin[rows] = at.view(-1, *x.shape[1:]), the_norm.length(move)
+    whole.value[rows], whole.grad[rows] = value, grad.view(-1, *x.shape[1:])
+    return whole
 
 
 def _tiny(like: Tensor) -> float:

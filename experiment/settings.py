@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from data import DATASETS, DEFAULT_DATA_DIR
-from dyart.losses import LOSSES
+from dyart.losses import LOSSES, SHARED
 from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS
 from dyart.projection import NORMS
@@ -179,11 +179,12 @@ def build_parser() -> flags.Parser:
     )
     g.add_argument("--temperature", type=positive, default=5.0, help="of the soft logit margin")
     g.add_argument("--norm", choices=list(NORMS), default="Linf", help="of margins and attacks")
-    g.add_argument("--search", choices=list(SEARCHES), default="fast", help="for boundary points; fab: as released")
+    g.add_argument("--search", choices=list(TRAINING), default=SHARED, help="for boundary points; fab: as released")
     g.add_argument("--search-steps", type=optional(whole(least=1)), default=None, help="by default the search's own")
     from_zero = flags.length_text(number(least=0))
     g.add_argument("--init-radius", type=optional(from_zero), default=None, help="twice the starting noise")
-    add_switch(g, "--high-quality", "--use_high_quality", default=True, help="leave poor boundary points out")
+    high_quality = "leave poor boundary points out (true; there is no telling with shared)"
+    add_switch(g, "--high-quality", "--use_high_quality", default=from_recipe, help=high_quality)
     overshoot = (
         "train so far beyond boundary points, as a share of their distance (0.05; with fab, whose are beyond, 0)"
     )
@@ -257,9 +258,14 @@ PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content")
 # Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0}
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
-# The released search ends some 5 % beyond the boundary, the fast one at it. Trained on its points as they are, models
-# are a little more accurate and a little less robust (docs/results.md); trained 5 % beyond them, alike.
-OVERSHOOT = {"fast": 0.05, "fab": 0.0}
+# What goes with each search in training. The released one ends some 5 % beyond the boundary, the others at it: trained
+# on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
+# trained 5 % beyond them, alike. Points that are cheap to find and would be left out for it serve all the same.
+TRAINING = {
+    SHARED: {"overshoot": 0.05, "high_quality": False},
+    "fast": {"overshoot": 0.05, "high_quality": True},
+    "fab": {"overshoot": 0.0, "high_quality": True},
+}
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
 NULLABLE |= {"cache_dir", "aux_data_content"}
 NULLABLE |= {"mean", "std", "pretrained", "pretrained_weights", "aux_data_filename", "checkpoint_minutes"}
@@ -346,7 +352,13 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     values |= resolve_normalization(values)
     values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])
     values.setdefault("attack_step", values["attack_eps"] / 4)
-    values.setdefault("overshoot", OVERSHOOT[values["search"]])
+    alone = [name for name in ("high_quality", "init_radius", "cuda_graphs") if values.get(name)]
+    if alone and "search" not in given:
+        values["search"] = "fast"
+    if alone and values["search"] == SHARED:
+        flag = f"{flag_of(alone[0])} {flags.plain(given[alone[0]])}"
+        raise ValueError(f"{flag}: goes with --search {' or '.join(SEARCHES)}, not with {SHARED}")
+    values = TRAINING[values["search"]] | values
     if values["pretrained"] is not None and method == "dyart":
         if given.get("burn_in_epochs"):
             raise ValueError(f"--burn-in-epochs {given['burn_in_epochs']}: --pretrained takes the place of a burn-in")
@@ -448,7 +460,7 @@ def check_settings(
 def default_name(settings: dict[str, Any]) -> str:
     """dataset-method-model and each setting that differs from the recipe."""
     fixed = ("dataset", "method", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
-    usual = resolve({name: settings[name] for name in fixed}) | {"overshoot": OVERSHOOT[settings["search"]]}
+    usual = resolve({name: settings[name] for name in fixed}) | TRAINING[settings["search"]]
     words = [settings["dataset"], settings["method"], settings["model"]]
     words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]
     words += ["generated"] if settings["aux_data_filename"] else []
