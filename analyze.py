@@ -32,6 +32,9 @@ from experiment.build import load_splits
 from experiment.weights import add_model_flags
 from storage.files import naming, write_csv, write_json
 
+# As in the paper.
+COMPARED = ["clean", "at", "trades", "mart", "dyart"]
+
 
 def build_parser() -> flags.Parser:
     """The flags of analyze.py."""
@@ -42,7 +45,7 @@ def build_parser() -> flags.Parser:
 
     g = p.add_argument_group("what is analysed")
     g.add_argument("--checkpoint", metavar="NAME", default=None, help="file of the folder (best.pt)")
-    g.add_argument("--methods", nargs="+", choices=list(LOSSES), default=list(figures.NAMES), help="to compare")
+    g.add_argument("--methods", nargs="+", choices=list(LOSSES), default=COMPARED, help="to compare")
     g.add_argument("--examples", type=flags.whole(least=1), default=1000, help="images of train and of test")
     g.add_argument("--boundary", choices=["exact", "soft"], default="exact", help="whose speed is shown")
     eps = "of the baselines' attack; smaller margins are vulnerable (the run's)"

@@ -20,7 +20,7 @@ from evaluation.results import Results, images_of, same_identity
 from experiment import flags
 from experiment.checkpoint import write_torch
 from experiment.folder import named_checkpoints
-from experiment.settings import LENGTHS, PLACE, check_stored, flag_of, resolve, resolve_normalization
+from experiment.settings import LENGTHS, PLACE, check_stored, flag_of, not_taken_by, resolve, resolve_normalization
 from experiment.weights import WEIGHTS_HELP
 from storage.files import FileError, naming, replacing, utf8
 
@@ -165,7 +165,8 @@ def train_command(settings: Mapping[str, Any]) -> str:
     chosen = ("dataset", "method", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
     given = {name: settings[name] for name in chosen if settings[name] != defaults[name]}
     usual = resolve(given)
-    given |= {name: settings[name] for name in defaults if settings[name] != usual[name] and name not in PLACE}
+    left_out = (*PLACE, *not_taken_by(settings["method"]))
+    given |= {name: settings[name] for name in defaults if settings[name] != usual[name] and name not in left_out}
     words = ["python", "train.py"]
     for name, value in given.items():
         is_length = name in LENGTHS and value is not None

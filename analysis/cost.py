@@ -35,6 +35,7 @@ STEPS = {
     "clean step": ("clean", {}),
     "PGD-10 AT step": ("at", {}),
     "TRADES-10 step": ("trades", {}),
+    "N-FGSM step": ("n-fgsm", {}),
     "DyART step": ("dyart", {}),
     "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a graph
 }
@@ -48,6 +49,7 @@ BASES = {
     "search, fab": "search",
     "PGD-10 AT step": "clean step",
     "TRADES-10 step": "PGD-10 AT step",
+    "N-FGSM step": "PGD-10 AT step",
     "DyART step": "PGD-10 AT step",
     "DyART step, --search fab": "DyART step",
 }

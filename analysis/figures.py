@@ -13,6 +13,7 @@ import numpy as np  # noqa: E402
 from storage.files import naming, replacing  # noqa: E402
 
 NAMES = {"clean": "clean", "at": "AT", "trades": "TRADES", "mart": "MART", "dyart": "DyART"}
+NAMES |= {"n-fgsm": "N-FGSM", "fgsm-rs": "FGSM-RS"}
 # Of Okabe & Ito's palette, which stays apart under the common forms of colour blindness.
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     "#0072B2",
@@ -24,7 +25,8 @@ BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, GREY = (
     "#777777",
 )
 COLOURS = {"clean": GREY, "at": VERMILLION, "trades": ORANGE, "mart": PURPLE, "dyart": BLUE}
-MARKERS = {"clean": "s", "at": "v", "trades": "D", "mart": "^", "dyart": "o"}
+COLOURS |= {"n-fgsm": SKY, "fgsm-rs": GREEN}
+MARKERS = {"clean": "s", "at": "v", "trades": "D", "mart": "^", "dyart": "o", "n-fgsm": "P", "fgsm-rs": "X"}
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 110})
 
 

@@ -29,6 +29,7 @@ def pgd(
     steps: int = 10,
     objective: str = "ce",
     start: str = "uniform",
+    within: str = "ball",
     restarts: int = 1,
     keep: str = "last",
     mode: str = "eval",
@@ -58,7 +59,10 @@ def pgd(
         What is maximized: "ce", the cross-entropy; "cw", max_{k≠y} z_k − z_y (Carlini & Wagner, 2017); "kl",
         KL(p(x) ‖ p(x')) with p(x) held constant (Zhang et al., 2019), which does not look at y.
     start : str
-        "uniform" in the ball, "normal" for 0.001 × standard normal noise, or "none" for x itself.
+        "uniform" in the ball, "wide" for uniform in the ball of radius 2 eps (de Jorge et al., 2022), "normal" for
+        0.001 × standard normal noise, or "none" for x itself.
+    within : str
+        What start and steps are projected onto: "ball", the ball and the box; "box", the box alone.
     restarts : int
         Number of runs. From more than one, each example gets the end point with the highest objective.
     keep : str
@@ -73,7 +77,7 @@ def pgd(
     Returns
     -------
     Tensor (n, ...)
-        x', detached, in [0, 1] and within eps of x.
+        x', detached, in [0, 1] and, unless `within` is "box", within eps of x.
 
     Raises
     ------
@@ -86,6 +90,7 @@ def pgd(
     ball = _lookup("norm", norm, BALLS)
     score = _lookup("objective", objective, OBJECTIVES)
     draw = _lookup("start", start, STARTS)
+    project = _lookup("within", within, {"ball": ball.project, "box": lambda at, x, eps: at.clamp(0, 1)})
     keep_worst = _lookup("keep", keep, {"last": False, "worst": True})
     batch_statistics = _lookup("mode", mode, {"eval": False, "batch": True})
     for argument, value, least in (
@@ -113,7 +118,7 @@ def pgd(
 
         worst, highest = x.clone(), x.new_full((x.shape[0],), -math.inf)
         for _ in range(restarts):
-            at = ball.project(x + draw(x, eps, ball, generator), x, eps)
+            at = project(x + draw(x, eps, ball, generator), x, eps)
             for _ in range(steps):
                 with torch.enable_grad():
                     at.requires_grad_(True)
@@ -121,7 +126,7 @@ def pgd(
                     (grad,) = torch.autograd.grad(value.sum(), at)
                 if keep_worst:
                     worst, highest = _higher(worst, highest, at, value)
-                at = ball.project(at + step_size * ball.steepest(torch.nan_to_num(grad)), x, eps)
+                at = project(at + step_size * ball.steepest(torch.nan_to_num(grad)), x, eps)
             if keep_worst or restarts > 1:
                 worst, highest = _higher(worst, highest, at, scores(at))
     return worst if keep_worst or restarts > 1 else at
@@ -226,6 +231,7 @@ BALLS = {
 # (x, eps, ball, generator) -> the first move.
 STARTS: dict[str, Callable[[Tensor, float, Ball, torch.Generator | None], Tensor]] = {
     "uniform": lambda x, eps, ball, generator: ball.uniform(x, eps, generator),
+    "wide": lambda x, eps, ball, generator: ball.uniform(x, 2 * eps, generator),
     "normal": lambda x, eps, ball, generator: 0.001 * _noise(torch.randn, x.shape, x, generator),
     "none": lambda x, eps, ball, generator: torch.zeros_like(x),
 }

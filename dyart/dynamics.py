@@ -41,7 +41,7 @@ def update_direction(
     Parameters
     ----------
     method : str
-        A name in `dyart.losses.LOSSES`: clean, dyart, at, trades, mart.
+        A name in `dyart.losses.LOSSES`: clean, dyart, at, trades, mart, n-fgsm, fgsm-rs.
     model : nn.Module
         Maps (n, ...) to logits (n, C).
     batches : iterable of (x (n, ...), y (n,))

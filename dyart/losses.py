@@ -108,6 +108,94 @@ def adversarial_loss(
     return loss, _detached(loss=loss, robust_loss=loss, robust_accuracy=_accuracy(logits_adv, y))
 
 
+def n_fgsm_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """N-FGSM: CE(x') with x' = clamp(x + η + ε·sign ∇CE(x + η)) from a single step, not projected onto the ball.
+
+    η is uniform in [−2ε, 2ε], and x + η is clamped to the box [0, 1] before its gradient is taken. For "L2", which the
+    paper does not have, η is uniform in the ball of radius 2ε and the step is ε along the normalized gradient. The
+    attack uses the statistics of the batch and does not write them back.
+
+    Parameters
+    ----------
+    model, x, y
+        As in `clean_loss`.
+    norm, generator
+        Of the attack, see `dyart.attacks.pgd`.
+    eps : float
+        ε ≥ 0, in units of pixels in [0, 1]. x' may lie up to 3ε from x.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+    metrics : dict
+        `loss`, `robust_loss`, `robust_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        For an empty batch, and as `pgd` does.
+
+    Source: de Jorge et al., 2022, with their k = 2 and α = ε.
+    """
+    _check(x)
+    attack = {"norm": norm, "eps": eps, "step_size": eps, "steps": 1, "generator": generator}
+    x_adv = pgd(model, x, y, objective="ce", start="wide", within="box", mode="batch", **attack)
+    model.train()
+    logits_adv = model(x_adv)
+    loss = F.cross_entropy(logits_adv, y)
+    return loss, _detached(loss=loss, robust_loss=loss, robust_accuracy=_accuracy(logits_adv, y))
+
+
+def fgsm_rs_loss(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    norm: str = "Linf",
+    eps: float = 8 / 255,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """FGSM-RS: CE(x') with x' from a single step of 1.25 ε from a uniform start, projected onto ball and box.
+
+    The attack uses the statistics of the batch and does not write them back.
+
+    Parameters
+    ----------
+    model, x, y
+        As in `clean_loss`.
+    norm, eps, generator
+        Of the attack, see `dyart.attacks.pgd`.
+
+    Returns
+    -------
+    loss : Tensor, scalar
+    metrics : dict
+        `loss`, `robust_loss`, `robust_accuracy`.
+
+    Raises
+    ------
+    ValueError
+        For an empty batch, and as `pgd` does.
+
+    Source: Wong et al., 2020, algorithm 3, with their α = 1.25 ε.
+    """
+    _check(x)
+    attack = {"norm": norm, "eps": eps, "step_size": 1.25 * eps, "steps": 1, "generator": generator}
+    x_adv = pgd(model, x, y, objective="ce", start="uniform", mode="batch", **attack)
+    model.train()
+    logits_adv = model(x_adv)
+    loss = F.cross_entropy(logits_adv, y)
+    return loss, _detached(loss=loss, robust_loss=loss, robust_accuracy=_accuracy(logits_adv, y))
+
+
 def trades_loss(
     model: nn.Module,
     x: Tensor,
@@ -379,7 +467,11 @@ LOSSES = {
     "at": adversarial_loss,
     "trades": trades_loss,
     "mart": mart_loss,
+    "n-fgsm": n_fgsm_loss,
+    "fgsm-rs": fgsm_rs_loss,
 }
+# Those whose attack is a single step: its length is the method's, so that they take neither `step_size` nor `steps`.
+SINGLE_STEP = ("n-fgsm", "fgsm-rs")
 
 
 def _check(x: Tensor, beta: float = 0.0) -> None:

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
 from data import DATASETS, Split, balanced_subset, content_of, first_examples, hold_out, load_auxiliary, load_data
+from dyart.losses import SINGLE_STEP
 from models import create_model
 from models.wide_resnet import WideResNet
 
@@ -136,5 +137,8 @@ def loss_options(settings: dict[str, Any], method: str) -> dict[str, Any]:
         names = ("lambda_robust", "alpha", "r0", "overshoot", "temperature")
         names += ("norm", "search", "init_radius", "high_quality")
         return {name: s[name] for name in names} | {"steps": s["search_steps"]}
-    options = {"norm": s["norm"], "eps": s["attack_eps"], "step_size": s["attack_step"], "steps": s["attack_iter"]}
+    options = {"norm": s["norm"], "eps": s["attack_eps"]}
+    if method in SINGLE_STEP:
+        return options
+    options |= {"step_size": s["attack_step"], "steps": s["attack_iter"]}
     return {"clean": {}, "at": options}.get(method, options | {"beta": s["beta"]})

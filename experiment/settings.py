@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from data import DATASETS, DEFAULT_DATA_DIR
-from dyart.losses import LOSSES, SHARED
+from dyart.losses import LOSSES, SHARED, SINGLE_STEP
 from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS
 from dyart.projection import NORMS
@@ -193,8 +193,8 @@ def build_parser() -> flags.Parser:
     g = p.add_argument_group("baselines, and the attack of baselines and validation")
     g.add_argument("--beta", type=released_beta, default=6.0, help="of TRADES and MART")
     g.add_argument("--attack-eps", type=length, default=from_recipe, help="8/255 for Linf, 128/255 for L2")
-    g.add_argument("--attack-step", type=length, default=from_recipe, help="a quarter of --attack-eps")
-    g.add_argument("--attack-iter", type=whole(least=1), default=10, help="PGD steps of the baselines")
+    g.add_argument("--attack-step", type=length, default=from_recipe, help="of PGD: a quarter of --attack-eps")
+    g.add_argument("--attack-iter", type=whole(least=1), default=10, help="PGD steps of AT, TRADES and MART")
     g.add_argument("--validation-attack-iter", type=whole(least=1), default=40, help="PGD steps of validation")
     g.add_argument("--validation-size", type=optional(whole(least=1)), default=None, help="images, of those held out")
     g.add_argument("--validation-batch-size", "--batch-size-validation", type=whole(least=1), default=512, help="same")
@@ -333,6 +333,11 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def not_taken_by(method: str) -> tuple[str, ...]:
+    """The settings of PGD that are not to be given for a method. Its validation's step is a quarter of --attack-eps."""
+    return ("attack_step", "attack_iter") if method in SINGLE_STEP else ()
+
+
 def with_lengths(given: Mapping[str, Any], norm: str) -> dict[str, Any]:
     """The flags with the lengths among them as numbers, in units of pixels in [0, 1]."""
     texts = {name: given[name] for name in LENGTHS if isinstance(given.get(name), str)}
@@ -369,6 +374,9 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--burn-in-epochs {values['burn_in_epochs']}: clean training is the burn-in; use --epochs")
     if method in ("trades", "mart") and values["beta"] <= 0:
         raise ValueError(f"--beta {values['beta']:g}: {method} needs a number above 0")
+    for name in not_taken_by(method):
+        if name in given:
+            raise ValueError(f"{flag_of(name)} {given[name]}: {method} takes one step, whose length --attack-eps sets")
     if "unsup_fraction" in given and not generated:
         raise ValueError(f"--unsup-fraction {given['unsup_fraction']}: of what? Name a file with --aux-data-filename")
     if values["momentum"] != MOMENTUM and SCHEDULES[values["scheduler"]].cycles_momentum:
@@ -465,7 +473,7 @@ def default_name(settings: dict[str, Any]) -> str:
     words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]
     words += ["generated"] if settings["aux_data_filename"] else []
     for name, value in settings.items():
-        if name not in PLACE and value != usual[name]:
+        if name not in (*PLACE, *not_taken_by(settings["method"])) and value != usual[name]:
             shown = f"{value:.4g}" if isinstance(value, float) else value
             words.append(f"{name.replace('_', '-')}={shown}")
     return "-".join(words).replace("/", "_")[:200]

@@ -28,6 +28,9 @@ TABLES = ["speeds", "negative_speeds", "margins", "margins_over_time", "robustne
 EXAMPLES = 3
 
 
+METHODS = ["clean", "at", "n-fgsm", "fgsm-rs", "dyart"]
+
+
 def read(path):
     with open(path, newline="") as file:
         return [{key: _number(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -58,7 +61,7 @@ def analysed(folder):
     ]
     write_json(folder / "autoattack.json", records)
     flags = ["--examples", str(EXAMPLES), "--history-examples", "4", "--check-speeds", "2", "--nearest", "2"]
-    assert analyze.main([str(folder), *flags, "--methods", "clean", "at", "dyart", "--device", "cpu"]) == 0
+    assert analyze.main([str(folder), *flags, "--methods", *METHODS, "--device", "cpu"]) == 0
     return folder / "figures"
 
 
@@ -114,7 +117,7 @@ def test_summary_counts_the_negative_speeds_in_the_table(analysed):
     summary, rows = json.loads((analysed / "dynamics.json").read_text()), read(analysed / "speeds.csv")
     assert len(rows) == summary["found"]["boundary_points"] <= EXAMPLES
     vulnerable = [row for row in rows if row["margin"] < summary["vulnerable_below"]]
-    for method in ("clean", "at", "dyart"):
+    for method in METHODS:
         counted = summary["negative_speeds_of_vulnerable"][method]
         assert counted["total"] == len(vulnerable)
         assert counted["negative"] == sum(row[f"speed_{method}"] < 0 for row in vulnerable)

@@ -104,7 +104,7 @@ def test_cw_follows_the_strongest_other_class():
     n=st.integers(1, 4),
     norm=st.sampled_from(sorted(BALLS)),
     objective=st.sampled_from(sorted(OBJECTIVES)),
-    start=st.sampled_from(["uniform", "normal"]),
+    start=st.sampled_from(["uniform", "wide", "normal"]),
     keep=st.sampled_from(["last", "worst"]),
     mode=st.sampled_from(["eval", "batch"]),
     eps=st.one_of(st.just(0.0), st.floats(1e-6, 20)),
@@ -124,6 +124,13 @@ def test_stays_in_ball_and_box(n, norm, objective, start, keep, mode, eps, step_
     assert x_adv.amin() >= 0 and x_adv.amax() <= 1
     lengths = torch.linalg.vector_norm((x_adv - x).flatten(1), math.inf if norm == "Linf" else 2, dim=1)
     assert lengths.amax() <= eps * (1 + 1e-5) + 1e-7
+
+
+@pytest.mark.parametrize("norm", BALLS)
+def test_within_the_box_nothing_holds_the_steps_back_but_the_box(norm):
+    model, x, y = linear_model(7), pixels(6, 7), torch.tensor([0, 1, 0, 1, 1, 0])
+    x_adv = pgd(model, x, y, norm=norm, eps=0.01, step_size=9.0, steps=9, within="box")
+    torch.testing.assert_close(x_adv, uphill(model, y).heaviside(torch.zeros(1, dtype=torch.float64)))
 
 
 @settings(max_examples=100, deadline=None)
@@ -251,16 +258,21 @@ def test_starts_have_their_distribution():
     model, x = linear_model(3), torch.full((20_000, 3), 0.5, dtype=torch.float64)
     y, generator = torch.zeros(20_000, dtype=torch.long), torch.Generator().manual_seed(0)
 
-    def moves(norm: str, start: str) -> torch.Tensor:
-        return pgd(model, x, y, norm=norm, eps=0.2, steps=0, start=start, generator=generator) - x
+    def moves(norm: str, start: str, within: str = "ball") -> torch.Tensor:
+        return pgd(model, x, y, norm=norm, eps=0.2, steps=0, start=start, within=within, generator=generator) - x
 
     cube = moves("Linf", "uniform")
     assert cube.abs().amax() <= 0.2 and cube.mean().abs() < 0.002
     assert cube.std().item() == pytest.approx(0.2 / 3**0.5, rel=0.02)
-    ball = moves("L2", "uniform")
-    assert ball.mean(0).abs().amax() < 0.003
-    for fraction in (0.3, 0.6, 0.9):  # a ball of a fraction r of the radius holds r³ of the volume
-        assert (ball.norm(dim=1) < fraction * 0.2).double().mean().item() == pytest.approx(fraction**3, abs=0.015)
+    wide = moves("Linf", "wide", within="box")
+    assert 0.39 < wide.abs().amax() <= 0.4 and wide.mean().abs() < 0.004
+    assert wide.std().item() == pytest.approx(0.4 / 3**0.5, rel=0.02)
+    for start, radius in (("uniform", 0.2), ("wide", 0.4)):
+        ball = moves("L2", start, within="box")
+        assert ball.norm(dim=1).amax() <= radius and ball.mean(0).abs().amax() < 0.015 * radius
+        for fraction in (0.3, 0.6, 0.9):  # a ball of a fraction r of the radius holds r³ of the volume
+            share = (ball.norm(dim=1) < fraction * radius).double().mean().item()
+            assert share == pytest.approx(fraction**3, abs=0.015)
     for norm in BALLS:
         assert moves(norm, "normal").std().item() == pytest.approx(0.001, rel=0.02)
         assert (moves(norm, "none") == 0).all()
@@ -329,7 +341,8 @@ def test_smallest_batches(n, objective, norm):
     [
         ({"norm": "L1"}, "unknown norm 'L1': choose from Linf, L2"),
         ({"objective": "mse"}, "unknown objective 'mse': choose from ce, cw, kl"),
-        ({"start": "zero"}, "unknown start 'zero': choose from uniform, normal, none"),
+        ({"start": "zero"}, "unknown start 'zero': choose from uniform, wide, normal, none"),
+        ({"within": "cube"}, "unknown within 'cube': choose from ball, box"),
         ({"keep": "all"}, "unknown keep 'all': choose from last, worst"),
         ({"mode": "train"}, "unknown mode 'train': choose from eval, batch"),
         ({"eps": -0.1}, "eps must be finite and at least 0, got -0.1"),

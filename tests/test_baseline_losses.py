@@ -3,13 +3,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dyart import losses
-from dyart.losses import adversarial_loss, clean_loss, mart_loss, trades_loss
+from dyart.losses import adversarial_loss, clean_loss, fgsm_rs_loss, mart_loss, n_fgsm_loss, trades_loss
 
-BASELINES = [adversarial_loss, trades_loss, mart_loss]
-LOSSES = [clean_loss, *BASELINES]
+SINGLE_STEP = [n_fgsm_loss, fgsm_rs_loss]
+LOSSES = [clean_loss, adversarial_loss, trades_loss, mart_loss, *SINGLE_STEP]
 
 
 def small_model(classes: int = 3) -> nn.Module:
@@ -69,6 +70,8 @@ DEFINITIONS = {
     adversarial_loss: adversarial_definition,
     trades_loss: trades_definition,
     mart_loss: mart_definition,
+    n_fgsm_loss: adversarial_definition,
+    fgsm_rs_loss: adversarial_definition,
 }
 
 
@@ -111,7 +114,7 @@ def test_loss_is_the_definition(loss_of, n, classes, fixed_attack):
 def test_metrics_are_those_documented():
     x, _, y = batch()
     clean, robust = {"clean_loss", "clean_accuracy"}, {"robust_loss", "robust_accuracy"}
-    expected = [clean, robust, clean | robust, robust | {"clean_accuracy"}]
+    expected = [clean, robust, clean | robust, robust | {"clean_accuracy"}, robust, robust]
     for loss_of, names in zip(LOSSES, expected, strict=True):
         assert set(loss_of(small_model(), x, y)[1]) == names | {"loss"}
 
@@ -160,6 +163,83 @@ def test_each_loss_asks_for_its_attack(loss_of, attack, fixed_attack):
     mine = {"norm": "L2", "eps": 0.5, "step_size": 0.1, "steps": 3, "generator": torch.Generator()}
     loss_of(small_model(), x, y, **mine)
     assert asked == {**mine, **attack}
+
+
+# In units of ε: how far the noise of the start reaches, the step, and the ball that x' is projected onto.
+FORMULAS = {n_fgsm_loss: (2.0, 1.0, math.inf), fgsm_rs_loss: (1.0, 1.25, 1.0)}
+
+
+def single_step(model, x, y, noise, eps, reach, step, radius):
+    """x' and its cross-entropy in train mode, by the formulas of the papers; `noise` lies in [-1, 1]."""
+    model = copy.deepcopy(model).train()
+    start = (x + eps * reach * noise).clamp(0, 1).requires_grad_(True)
+    F.cross_entropy(model(start), y).backward()
+    delta = (start.detach() + eps * step * start.grad.sign() - x).clamp(-eps * radius, eps * radius)
+    x_adv = (x + delta).clamp(0, 1)
+    return x_adv, F.cross_entropy(model(x_adv), y).item()
+
+
+def linear_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(9, 3)).double()
+
+
+@pytest.fixture
+def attacked(monkeypatch):
+    """The x' of each attack, which is held to leave the state of its model alone."""
+    found, original = [], losses.pgd
+
+    def pgd(model, *arguments, **options):
+        before = copy.deepcopy(model.state_dict())
+        found.append(original(model, *arguments, **options))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        return found[-1]
+
+    monkeypatch.setattr(losses, "pgd", pgd)
+    return found
+
+
+@pytest.mark.parametrize("loss_of", SINGLE_STEP)
+@pytest.mark.parametrize("make", [linear_model, small_model])
+def test_a_single_step_attack_is_its_formula(loss_of, make, attacked):
+    model, (x, _, y), eps = make().eval(), batch(40), 0.15
+    noise = 2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype) - 1
+    expected, value = single_step(model, x, y, noise, eps, *FORMULAS[loss_of])
+    loss, _ = loss_of(model, x, y, eps=eps, generator=torch.Generator().manual_seed(3))
+    (x_adv,) = attacked
+    torch.testing.assert_close(x_adv, expected, atol=1e-12, rtol=0)
+    assert loss.item() == pytest.approx(value, rel=1e-12)
+    assert x_adv.amin() == 0 and x_adv.amax() == 1
+    assert all(module.training for module in model.modules())
+    # The statistics of the training pass, and no others, are written.
+    assert make is linear_model or model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("loss_of", SINGLE_STEP)
+def test_a_single_step_attack_in_l2(loss_of, attacked):
+    """Of a linear model of two classes the steepest move is known, and here nothing meets the box."""
+    model, y, eps = nn.Sequential(nn.Flatten(), nn.Linear(9, 2)).double(), torch.arange(40) % 2, 0.05
+    x = torch.full((40, 1, 3, 3), 0.5, dtype=torch.float64)
+    uphill = (model[1].weight[1 - y] - model[1].weight[y]).detach()
+    loss_of(model, x, y, norm="L2", eps=eps, generator=torch.Generator().manual_seed(0))
+    move = (attacked[0] - x).flatten(1)
+    if loss_of is n_fgsm_loss:
+        noise = (move - eps * uphill / uphill.norm(dim=1, keepdim=True)).norm(dim=1)
+        assert 1.9 * eps < noise.amax() <= 2 * eps
+    else:
+        assert move.norm(dim=1).amax() == pytest.approx(eps)
+    assert ((move * uphill).sum(1) > 0).double().mean() > 0.7
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("loss_of", SINGLE_STEP)
+def test_a_single_step_attack_depends_on_its_generator_alone(loss_of, norm, attacked):
+    model, (x, _, y) = small_model(), batch()
+    global_state = torch.get_rng_state()
+    for seed in (0, 0, 1):
+        loss_of(model, x, y, norm=norm, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(attacked[0], attacked[1]) and not torch.equal(attacked[0], attacked[2])
+    assert torch.equal(torch.get_rng_state(), global_state)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -34,6 +34,7 @@ def test_flops_are_those_of_the_passes():
     first = 2 * 8 * workload.x[0, 0].numel() * weight.numel() / 1e12
     assert count["clean step"] == pytest.approx(3 * forward - first)
     assert count["PGD-10 AT step"] == pytest.approx(count["clean step"] + 10 * 2 * forward)
+    assert count["N-FGSM step"] == pytest.approx(count["clean step"] + 2 * forward)
     assert cost.count_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5)) == pytest.approx(2 * 3 * 4 * 5 / 1e12)
 
 

@@ -185,6 +185,8 @@ OPTIONS = {
     "at": {"steps": 3},
     "trades": {"steps": 3},
     "mart": {"steps": 3},
+    "n-fgsm": {},
+    "fgsm-rs": {},
 }
 
 

@@ -13,7 +13,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
-@pytest.mark.parametrize("method", ["dyart", "at", "trades", "mart"])
+@pytest.mark.parametrize("method", ["dyart", "at", "trades", "mart", "n-fgsm", "fgsm-rs"])
 def test_searches_and_training_have_the_precision_that_is_asked_for(method, amp):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(32, 4))

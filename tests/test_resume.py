@@ -99,6 +99,8 @@ METHODS = {
     "at": ["--method", "at", "--attack-iter", "2"],
     "trades": ["--method", "trades", "--attack-iter", "2", "--scheduler", "step"],
     "mart": ["--method", "mart", "--attack-iter", "2", "--scheduler", "cosine"],
+    "n-fgsm": ["--method", "n-fgsm", "--track-dynamics", "1"],
+    "fgsm-rs": ["--method", "fgsm-rs", "--norm", "L2"],
     "burn-in": ["--method", "dyart", "--burn-in-epochs", "1", "--epochs", "1"],
     "generated": ["--method", "clean", "--unsup-fraction", "0.5", "--aux-data-filename"],
 }

@@ -109,6 +109,9 @@ OURS = {
     "--method at": {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
     "--method trades --dataset tiny-imagenet": TINY | {"method": "trades", "burn_in_epochs": 0, "clip_grad": None},
     "--method mart --group-norm": GROUP_NORM | {"method": "mart", "burn_in_epochs": 0, "clip_grad": None},
+    "--method n-fgsm --attack-eps 4": {"method": "n-fgsm", "burn_in_epochs": 0, "clip_grad": None}
+    | {"attack_eps": 4 / 255, "attack_step": 1 / 255},
+    "--method fgsm-rs --norm L2": L2 | {"method": "fgsm-rs", "burn_in_epochs": 0, "clip_grad": None},
     "--norm L2": L2,
     "--norm L2 --dataset tiny-imagenet": TINY | L2 | {"r0": 2.0},
     "--norm L2 --r0 0.5": L2 | {"r0": 0.5},
@@ -227,6 +230,8 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
     assert name("--group-norm --lr 0.1 --device cpu") == "cifar10-dyart-wrn-28-10-swish-groupnorm"
     assert name("--search fab --device cpu") == "cifar10-dyart-wrn-28-10-swish-search=fab"
     assert name("--overshoot 0") == "cifar10-dyart-wrn-28-10-swish-overshoot=0"
+    assert name("--method n-fgsm") == "cifar10-n-fgsm-wrn-28-10-swish"
+    assert name("--method fgsm-rs --attack-eps 4") == "cifar10-fgsm-rs-wrn-28-10-swish-attack-eps=0.01569"
     assert name("--data tiny-imagenet --DyART False --beta 6") == "tiny-imagenet-trades-preact-resnet18"
     assert name("--lr 0.03 --train-subset 99 --aux-data-filename a.npz") == (
         "cifar10-dyart-wrn-28-10-swish-generated-lr=0.03-train-subset=99"
@@ -317,6 +322,8 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(name, tmp_path, monkey
         ("--method trades --mart", ["--mart", "--method trades"]),
         ("--method trades --beta -1", ["--beta -1", "trades", "above 0"]),
         ("--DyART False --mart --beta -1", ["--beta -1", "mart", "above 0"]),
+        ("--method n-fgsm --attack-iter 10 --dry-run", ["--attack-iter 10", "n-fgsm", "one step"]),
+        ("--method fgsm-rs --attack-step 2/255 --dry-run", ["--attack-step 2/255", "fgsm-rs", "--attack-eps"]),
         ("--norm L2 --attack linf-pgd", ["--attack linf-pgd", "--norm L2"]),
         ("--search-steps 5 --iter_FAB 20", ["--iter_FAB 20", "--search-steps 5"]),
         ("--init-radius 0 --eps_FAB 8/255", ["--eps_FAB", "--init-radius 0"]),

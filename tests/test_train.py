@@ -194,6 +194,24 @@ def test_pretrained_weights_are_where_training_starts(
     assert not differences(seen[0][2], averaged)
 
 
+@pytest.mark.parametrize("method", ["n-fgsm", "fgsm-rs"])
+def test_single_step_training_attacks_with_the_eps_of_its_flag(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, asked = train.LOSSES[method], []
+
+    def loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor, **options: Any) -> Any:
+        asked.append({name: value for name, value in options.items() if name != "generator"})
+        return original(model, x, y, **options)
+
+    monkeypatch.setitem(train.LOSSES, method, loss)
+    assert run_training(*tiny(tmp_path, "--method", method, "--epochs", "1", "--attack-eps", "4")) == 0
+    assert asked == 3 * [{"norm": "Linf", "eps": 4 / 255}]
+    (row,) = Experiment.open(tmp_path / "run").read_metrics()
+    assert row["loss"] == row["robust_loss"] > 0 and row["stage"] == method
+    assert 0 <= row["robust_accuracy"] <= 1 and "clean_loss" not in row
+
+
 @pytest.mark.parametrize(("rules", "momentum"), [("1", 0.01), ("2", 0.5)])
 def test_only_the_first_step_of_a_run_takes_over_the_statistics_of_its_batch(
     rules: str, momentum: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
