@@ -19,15 +19,15 @@ from tqdm import tqdm
 from data import DEFAULT_DATA_DIR, balanced_subset, load_data, to_input
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
-from dyart.losses import LOSSES
+from dyart.losses import LOSSES, SHARED, SHARED_STEPS
 from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin
-from dyart.modes import frozen, mixed_precision
+from dyart.modes import batch_norm_momentum, frozen, mixed_precision
 from dyart.projection import NORMS
 from evaluation.candidate import load_candidate, load_test
 from experiment import flags
 from experiment.build import build_model
 from experiment.folder import named_checkpoints
-from experiment.settings import L2, resolve_normalization
+from experiment.settings import L2, TRAINING, resolve_normalization
 from experiment.weights import MODEL_SETTINGS
 
 # The training steps that are timed: the method, and its options where they are not the defaults.
@@ -36,8 +36,9 @@ STEPS = {
     "PGD-10 AT step": ("at", {}),
     "TRADES-10 step": ("trades", {}),
     "N-FGSM step": ("n-fgsm", {}),
-    "DyART step": ("dyart", {}),
-    "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a graph
+    "DyART step": ("dyart", {"search": SHARED, **TRAINING[SHARED]}),
+    "DyART step, --search fast": ("dyart", {"search": "fast", **TRAINING["fast"]}),
+    "DyART step, --search fab": ("dyart", {"search": "fab", **TRAINING["fab"]}),  # as released: never from a graph
 }
 
 
@@ -51,7 +52,9 @@ BASES = {
     "TRADES-10 step": "PGD-10 AT step",
     "N-FGSM step": "PGD-10 AT step",
     "DyART step": "PGD-10 AT step",
-    "DyART step, --search fab": "DyART step",
+    "passes of a DyART step": "DyART step",
+    "DyART step, --search fast": "PGD-10 AT step",
+    "DyART step, --search fab": "PGD-10 AT step",
 }
 
 
@@ -100,7 +103,10 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     if target is None:
         with torch.no_grad():
             [module for module in model.modules() if isinstance(module, nn.Linear)][-1].weight *= 100
-            y = model(x).argmax(1)
+            # So that it is as sure with the statistics of the batch, in training, as with the running ones.
+            with batch_norm_momentum(model, lambda usual: 1.0):
+                model.train()(x[: options["batch_size"]])
+            y = model.eval()(x).argmax(1)
 
     def autocast() -> Any:
         return mixed_precision(options["amp"], device.type)
@@ -120,7 +126,7 @@ def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Cal
     arguments = {} if method == "clean" else {"norm": workload.norm, **extra}
     if method == "dyart" and workload.norm == "L2":
         arguments["r0"] = L2["r0"]  # That of Linf leaves nearly all margins alone.
-    if name == "DyART step" and options["cuda_graphs"]:
+    if name == "DyART step, --search fast" and options["cuda_graphs"]:
         arguments["graphs"] = CudaGraphs()
     statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -141,7 +147,8 @@ def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Cal
 def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> dict[str, dict[str, Any]]:
     """Seconds of each part and step (median, quartiles), and their multiples of others in the same round.
 
-    Of steps also the images a second, the floating-point operations (10^12), and these a second as a share of `rate`.
+    Of steps also the images a second, the floating-point operations (10^12), these as multiples of a forward pass of
+    the batch, and a second as a share of `rate`.
     """
     batch = slice(options["batch_size"])
     x, y, correct = workload.x[batch], workload.y[batch], workload.correct()[batch]
@@ -173,6 +180,19 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
         for _ in range(SEARCHES["fast"][1]):
             input_gradient(rows)
 
+    trained = copy.deepcopy(model).train()
+
+    def whole_gradient(rows: Tensor | slice) -> None:
+        with workload.autocast():
+            loss = nn.functional.cross_entropy(trained(x[rows]), y[rows])
+        torch.autograd.grad(loss, list(trained.parameters()))
+
+    def passes_of_step() -> None:
+        whole_gradient(slice(None))
+        for _ in range(SHARED_STEPS):
+            input_gradient(rows)
+        whole_gradient(rows)
+
     parts = {
         "forward": forward,
         "forward + input gradient": input_gradient,
@@ -180,6 +200,7 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
         "its passes": passes,
         "search": lambda: search("fast", graphs),
         "search, fab": lambda: search("fab", None),
+        "passes of a DyART step": passes_of_step,
     }
     parts |= {name: training_step(workload, name, options) for name in STEPS}
 
@@ -190,6 +211,7 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
             if number >= 0:
                 taken[name].append(duration)
     figures: dict[str, dict[str, Any]] = {}
+    one_pass = count_flops(forward)
     for name, durations in taken.items():
         figures[name] = {"seconds": spread(durations)}
         if name in BASES:
@@ -199,6 +221,7 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
             median = figures[name]["seconds"]["median"]
             figures[name]["images_per_second"] = len(x) / median
             figures[name]["tflops"] = count_flops(training_step(workload, name, options | {"cuda_graphs": False}))
+            figures[name]["passes"] = figures[name]["tflops"] / one_pass
             figures[name]["of_bf16_rate"] = figures[name]["tflops"] / median / rate
     return figures
 

@@ -11,6 +11,7 @@ from dyart.dynamics import boundary_speed, update_direction
 from dyart.losses import dyart_loss
 from dyart.margin import (
     Boundary,
+    approach_boundary,
     find_boundary,
     is_locally_closest,
     logit_margin,
@@ -25,6 +26,7 @@ __all__ = [
     "Boundary",
     "WeightAverage",
     "__version__",
+    "approach_boundary",
     "boundary_speed",
     "dyart_loss",
     "find_boundary",

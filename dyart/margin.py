@@ -150,10 +150,7 @@ def find_boundary(
     init_radius = default_radius if init_radius is None else init_radius
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
-    if not ((x >= 0) & (x <= 1)).all():
-        raise ValueError("x must lie in [0, 1]")
+    _check_batch(x, labels)
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
     x = x.detach()
@@ -188,6 +185,13 @@ def find_boundary(
         value=nearest.value,
         grad=nearest.grad.view(x.shape),
     )
+
+
+def _check_batch(x: Tensor, labels: Tensor) -> None:
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
+    if not ((x >= 0) & (x <= 1)).all():
+        raise ValueError("x must lie in [0, 1]")
 
 
 def _linearize(model: nn.Module, pixels: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -324,65 +328,66 @@ def approach_boundary(
     model: nn.Module,
     x: Tensor,
     labels: Tensor,
-    value: Tensor,
-    grad: Tensor,
     *,
+    among: Tensor | None = None,
     norm: str = "Linf",
     temperature: float = 5.0,
-    steps: int = 2,
+    steps: int = 1,
 ) -> Boundary:
-    """Boundary points that are good enough to train on, from a pass at x that somebody has taken already.
+    """Boundary points that are good enough to train on, for one pass through the network or a few.
 
-    The first of `steps` linearizations is the one given; each of the others takes one pass of the correctly classified
-    examples, in eval mode. The points lie where the last linearization has its boundary: on which side of the true one
-    that is, nobody has looked. To measure margins there is `find_boundary`.
+    Where `find_boundary` looks at Φ beyond the points that it returns, this returns those where the last linearization
+    has its boundary: on which side of the true one that is, nobody has looked. The pass that is trained on will see. To
+    measure margins there is `find_boundary`.
 
     Parameters
     ----------
     model, x, labels, norm, temperature
         As in `find_boundary`.
-    value : Tensor (n,)
-        Φ_β at x. Examples where it is not positive have no margin.
-    grad : Tensor (n, ...)
-        ∇_x Φ at x, or what is near it; rows that are 0, or not finite, are not found.
+    among : Tensor (n,), bool, optional
+        The examples that can be correctly classified, as far as is known. The others cost nothing and are not found.
     steps : int
-        Linearizations, at least 1.
+        Linearizations, at least 1: the first at x. Each takes one pass of the correctly classified examples.
 
     Returns
     -------
     Boundary
-        `value` and `grad` are those of the last linearization, which was taken one step before `x` is reached.
+        `found`: correctly classified. `value` and `grad` are those of the last linearization, which was taken one step
+        before `x` is reached; with one step, those at the original x.
 
     Raises
     ------
     ValueError
-        For an unknown norm, or steps < 1.
+        For an unknown norm, pixels outside [0, 1], labels that do not fit x, or steps < 1.
     """
     the_norm = lookup_norm(norm)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    steepness = the_norm.dual(grad.flatten(1))
-    found = (value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()
-    whole = Boundary(x.detach().clone(), found, torch.zeros_like(value), value.clone(), grad.clone())
-    rows = found.nonzero()[:, 0]
-    if not len(rows):
-        return whole
-    origin, labels = x.detach()[rows].flatten(1), labels[rows]
-    value, grad = value[rows], grad[rows].flatten(1)
-    at, move, normal = origin, torch.zeros_like(origin), None
-    with frozen(model), torch.no_grad():
-        for step in range(steps):
-            if step:
-                value, grad = _linearize(model, at.view(-1, *x.shape[1:]), labels, temperature)
-            left = 1 - step / steps
-            move, onto, normal = _turn(origin, move, normal, value, grad, the_norm, left)
-            # The next linearization is taken a little beyond, as in the fast search before it has found a point.
-            beyond = 3 * OVERSHOOT * left if step + 1 < steps else 0
-            at = (origin + ((1 + beyond) * onto)[:, None] * move).clamp(0, 1)
-            move = at - origin
-    whole.x[rows], whole.margin[rows] = at.view(-1, *x.shape[1:]), the_norm.length(move)
-    whole.value[rows], whole.grad[rows] = value, grad.view(-1, *x.shape[1:])
-    return whole
+    _check_batch(x, labels)
+    margins = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    found, points, values, grads = margins.bool(), x.detach().clone(), margins.clone(), torch.zeros_like(x)
+    rows = torch.arange(len(x), device=x.device) if among is None else among.nonzero()[:, 0]
+    if len(rows):
+        with frozen(model), torch.no_grad():
+            value, grad = _linearize(model, x.detach()[rows], labels[rows], temperature)
+            steepness = the_norm.dual(grad)
+            right = (value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()
+            rows, value, grad = rows[right], value[right], grad[right]
+            at = origin = x.detach()[rows].flatten(1)
+            move, normal = torch.zeros_like(origin), None
+            for step in range(steps if len(rows) else 0):
+                if step:
+                    value, grad = _linearize(model, at.view(-1, *x.shape[1:]), labels[rows], temperature)
+                left = 1 - step / steps
+                move, onto, normal = _turn(origin, move, normal, value, grad, the_norm, left)
+                # The next linearization is taken a little beyond, as in the fast search before it has found a point.
+                beyond = 3 * OVERSHOOT * left if step + 1 < steps else 0
+                at = (origin + ((1 + beyond) * onto)[:, None] * move).clamp(0, 1)
+                move = at - origin
+        found[rows], points[rows] = True, at.view(-1, *x.shape[1:])
+        margins[rows], values[rows] = the_norm.length(move), value
+        grads[rows] = grad.view(-1, *x.shape[1:])
+    return Boundary(points, found, margins, values, grads)
 
 
 def _tiny(like: Tensor) -> float:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Loader, load_data, to_input
-from dyart.losses import LOSSES, _clean_pass, clean_loss, dyart_loss
+from dyart.losses import LOSSES, clean_loss, dyart_loss
 from dyart.margin import (
     approach_boundary,
     find_boundary,
@@ -323,39 +323,6 @@ def test_shared_passes_give_the_exact_gradient_where_the_margin_is_linear(norm, 
     torch.testing.assert_close(metrics["margins"], margin.where(right, math.nan), equal_nan=True)
 
 
-def test_the_clean_pass_is_that_of_clean_training_and_has_the_gradient_in_x():
-    model, x = conv_net(), torch.rand(30, 3, 4, 4)
-    y = model.eval()(x).argmax(1)
-    y[::3] = (y[::3] + 1) % 3
-    reference = copy.deepcopy(model)
-    expected, metrics = clean_loss(reference, x, y)
-    clean, logits, value, grad = _clean_pass(model, x, y, 7.0)
-    torch.testing.assert_close(clean, expected)
-    torch.testing.assert_close(gradient(clean, model), gradient(expected, reference), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(value, soft_logit_margin(logits, y, 7.0))
-    assert (logits.argmax(1) == y).float().mean() == metrics["clean_accuracy"]
-    for buffer, other in zip(model.buffers(), reference.buffers(), strict=True):
-        torch.testing.assert_close(buffer, other)
-    assert not any(tensor.requires_grad for tensor in (logits, value, grad))
-
-
-@pytest.mark.parametrize("sureness", [1, 120])
-def test_the_gradient_in_x_keeps_its_digits_where_the_model_is_sure(sureness):
-    """Of examples with p_y = 1 in float32, whose cross-entropy has no gradient left as it is usually taken."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.Flatten(), nn.Linear(32, 3)]
-    model, x = nn.Sequential(*layers), torch.rand(30, 3, 4, 4)
-    with torch.no_grad():
-        model[-1].weight *= sureness
-    pixels = x.clone().requires_grad_(True)
-    y = model(x).argmax(1)
-    value = soft_logit_margin(model(pixels), y, 1.0)
-    (expected,) = torch.autograd.grad(value.sum(), pixels)
-    grad = _clean_pass(model, x, y, 5.0)[3]
-    assert (value > 17).any() == (sureness == 120)
-    torch.testing.assert_close(grad, expected, rtol=1e-3, atol=1e-5 * sureness)
-
-
 @pytest.fixture(scope="module")
 def trained():
     """A small network on real digits after clean training, and after training by shared passes from there."""
@@ -379,7 +346,7 @@ def trained():
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
         models[name] = copy.deepcopy(model)
-    return models, to_input(test.images[:128]), test.labels[:128]
+    return models, to_input(test.images[:64]), test.labels[:64]
 
 
 def robust_gradient(model, x, y, **options):
@@ -391,15 +358,13 @@ def robust_gradient(model, x, y, **options):
     return gradients[0] - gradients[1]
 
 
-# How near the gradient comes to the exact one: least cosine, least and most of its norm as a multiple. Measured of 1, 2
-# and 4 linearizations: 0.88, 0.90, 0.92 and 2.08, 1.03, 1.13 (clean); 0.56, 0.92, 0.93 and 0.71, 0.76, 0.83 (dyart).
+# The least cosine with the exact gradient, the least and the most of its norm as a multiple. Measured, by number of
+# linearizations: after clean training 0.959, 1.51 (1) and 0.984, 1.08 (3); after DyART 0.949, 0.99 and 0.980, 0.96.
 NEAR = {
-    ("clean", 1): (0.8, 1.5, 2.7),
-    ("clean", 2): (0.85, 0.8, 1.3),
-    ("clean", 4): (0.88, 0.85, 1.4),
-    ("dyart", 1): (0.45, 0.5, 0.9),
-    ("dyart", 2): (0.87, 0.6, 0.95),
-    ("dyart", 4): (0.88, 0.65, 1.0),
+    ("clean", 1): (0.92, 1.2, 1.8),
+    ("clean", 3): (0.96, 0.95, 1.2),
+    ("dyart", 1): (0.92, 0.85, 1.15),
+    ("dyart", 3): (0.96, 0.85, 1.1),
 }
 
 
@@ -407,31 +372,30 @@ NEAR = {
 def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(trained, weights, steps):
     models, x, y = trained
     cosine, least, most = NEAR[weights, steps]
-    exact = robust_gradient(models[weights], x, y, search="fast", steps=30, high_quality=False)
+    exact = robust_gradient(models[weights], x, y, search="fast", steps=20, high_quality=False)
     cheap = robust_gradient(models[weights], x, y, **SHARED, steps=steps)
     assert F.cosine_similarity(cheap, exact, dim=0) > cosine
     assert least < cheap.norm() / exact.norm() < most
 
 
-@pytest.mark.parametrize("weights", ["clean", "dyart"])
-def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights):
+# The most that the median of the weights may be off. Measured: 1.055, 1.007, 1.156, 1.013.
+@pytest.mark.parametrize(
+    ("weights", "steps", "off"), [("clean", 1, 0.1), ("clean", 2, 0.03), ("dyart", 1, 0.25), ("dyart", 2, 0.05)]
+)
+def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights, steps, off):
     """1 / ‖∇_x Φ‖ of the linearization before x̂, which costs nothing, against that at x̂."""
     models, x, y = trained
-    model = copy.deepcopy(models[weights])
-    _, _, value, grad = _clean_pass(model, x, y, 5.0)
-    boundary = approach_boundary(model, x, y, value, grad, steps=2)
-    model.eval()
-    pixels = boundary.x.requires_grad_(True)
+    model = copy.deepcopy(models[weights]).eval()
+    boundary = approach_boundary(model, x, y, steps=steps)
+    pixels = boundary.x.clone().requires_grad_(True)
     (exact,) = torch.autograd.grad(soft_logit_margin(model(pixels), y).sum(), pixels)
     ratio = (margin_gradient_weights(boundary) * exact.abs().sum((1, 2, 3)))[boundary.found]
-    assert len(ratio) > 60
-    assert ratio.median().item() == pytest.approx(1, abs=0.05)
-    assert ratio.quantile(0.1) > 0.8  # measured: 0.87 and 0.91, and 1.15 and 1.14
-    assert ratio.quantile(0.9) < 1.25
+    assert len(ratio) > 50
+    assert ratio.median().item() == pytest.approx(1, abs=off)
 
 
 def test_shared_passes_are_as_many_as_they_are_said_to_be():
-    """Of n images of which c are right: n forward and n backward, c each for every further step, c for the points."""
+    """The clean batch; of it what is right there, for each linearization; what is right in eval mode, its points."""
     model = mlp()
     x, y = batch(model)
     seen = []
@@ -439,7 +403,7 @@ def test_shared_passes_are_as_many_as_they_are_said_to_be():
     dyart_loss(model, x, y, **OBJECTIVE, **SHARED, steps=3)
     right = (soft_logit_margin(model(x), y) > 0).sum().item()
     assert 5 < right < 15
-    assert seen[:4] == [(20, True), (right, False), (right, False), (right, True)]
+    assert seen[:-1] == [(20, True), (right, False), (right, False), (right, False), (right, True)]
 
 
 def test_batch_norm_sees_the_clean_batch_first_then_the_points_of_shared_passes():
@@ -452,7 +416,7 @@ def test_batch_norm_sees_the_clean_batch_first_then_the_points_of_shared_passes(
         points.clear()
         before = model[1].running_mean.clone()
         dyart_loss(model, x, y, **OBJECTIVE, **SHARED, steps=1)
-        clean, robust = (F.conv2d(p, model[0].weight, model[0].bias).mean((0, 2, 3)) for p in points)
+        clean, _, robust = (F.conv2d(p, model[0].weight, model[0].bias).mean((0, 2, 3)) for p in points)
         expected = (1 - share) * ((1 - momentum) * before + momentum * clean) + share * robust
         torch.testing.assert_close(model[1].running_mean, expected)
     assert model[1].momentum == 1.0

@@ -17,6 +17,7 @@ from dyart.margin import (
     MAX_GRADIENT_WEIGHT,
     SEARCHES,
     Boundary,
+    approach_boundary,
     find_boundary,
     is_locally_closest,
     logit_margin,
@@ -381,10 +382,100 @@ def test_bad_arguments_are_named(options, message):
         find_boundary(mlp().float(), **arguments)
 
 
+# --- Points that are good enough to train on --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_approach_ends_on_the_boundary_of_a_linear_classifier(norm, steps):
+    model, x = random_linear(2, 12), images(20, 12)
+    y = model(x).argmax(1)
+    y[::4] = 1 - y[::4]
+    reference = find_boundary(model, x, y, norm=norm, steps=50)
+    boundary = approach_boundary(model, x, y, norm=norm, steps=steps)
+    assert torch.equal(boundary.found, reference.found) and boundary.found.sum() == 15
+    torch.testing.assert_close(boundary.margin, reference.margin, rtol=2e-3, atol=0)  # the fast search ends beyond
+    torch.testing.assert_close(boundary.x, reference.x, rtol=2e-3, atol=1e-4)
+    value = soft_logit_margin(model(boundary.x), y)
+    torch.testing.assert_close(value[boundary.found], torch.zeros(15, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.equal(boundary.x[~boundary.found], x[~boundary.found])
+    assert (boundary.margin[~boundary.found] == 0).all()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_approach_comes_nearer_with_every_linearization(norm):
+    model, x = steepened(mlp()), images(200, 12)
+    y = model(x).argmax(1)
+    margin = find_boundary(model, x, y, norm=norm, steps=100).margin
+    off, missed = [], []
+    for steps in (1, 2, 4, 8):
+        boundary = approach_boundary(model, x, y, norm=norm, steps=steps)
+        found = boundary.found & (margin > 0)
+        assert found.sum() > 150
+        off.append((boundary.margin / margin - 1).abs()[found].mean().item())
+        missed.append(soft_logit_margin(model(boundary.x), y)[found].abs().mean().item())
+    assert off == sorted(off, reverse=True) and missed == sorted(missed, reverse=True)
+    assert off[-1] < 0.05 < off[0]
+
+
+def test_approach_says_where_its_last_linearization_was():
+    model, x = steepened(mlp()), images(20, 12)
+    y = model(x).argmax(1)
+    boundary = approach_boundary(model, x, y)
+    pixels = x.clone().requires_grad_(True)
+    value = soft_logit_margin(model(pixels), y)
+    (grad,) = torch.autograd.grad(value.sum(), pixels)
+    assert boundary.found.sum() > 10
+    torch.testing.assert_close(boundary.value[boundary.found], value[boundary.found].detach())
+    torch.testing.assert_close(boundary.grad[boundary.found], grad[boundary.found])
+
+
+def test_approach_is_among_those_it_is_told():
+    model, x = steepened(mlp()), images(20, 12)
+    y, seen = model(x).argmax(1), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    among = torch.arange(20) < 8
+    whole, part = approach_boundary(model, x, y), approach_boundary(model, x, y, among=among)
+    assert seen == [20, 8]
+    assert torch.equal(part.found, whole.found & among) and part.found.any()
+    for mine, others in zip(part, whole, strict=True):
+        torch.testing.assert_close(mine[part.found], others[part.found])
+    assert not approach_boundary(model, x, y, among=torch.zeros(20, dtype=torch.bool)).found.any()
+
+
+def test_approach_leaves_out_what_has_no_gradient():
+    model = linear(torch.zeros(2, 12), torch.tensor([1.0, 0.0]))
+    boundary = approach_boundary(model, torch.rand(5, 12), torch.zeros(5, dtype=torch.long))
+    assert not boundary.found.any()
+    assert all(field.isfinite().all() for field in boundary)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "L1"}, "unknown norm 'L1'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels must have shape \(2,\) to fit x, got \(3,\)"),
+        ({"x": torch.full((2, 12), 1.01)}, r"x must lie in \[0, 1\]"),
+    ],
+)
+def test_bad_arguments_of_approach_are_named(options, message):
+    arguments = {"x": torch.rand(2, 12), "labels": torch.zeros(2, dtype=torch.long)} | options
+    with pytest.raises(ValueError, match=message):
+        approach_boundary(mlp().float(), **arguments)
+
+
 # --- The model is left as it was, wherever the search is called from --------------------------------------------------
 
 
-@pytest.mark.parametrize("search", list(SEARCHES))
+def searched(search, model, x, y, **options):
+    """The boundary points of any search: a name in SEARCHES, or "approach"."""
+    return (
+        approach_boundary(model, x, y) if search == "approach" else find_boundary(model, x, y, search=search, **options)
+    )
+
+
+@pytest.mark.parametrize("search", [*SEARCHES, "approach"])
 def test_model_is_left_exactly_as_it_was(search):
     model = conv_with_state().train()
     model[3].eval()
@@ -396,7 +487,7 @@ def test_model_is_left_exactly_as_it_was(search):
     flags = [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
     batches = model[1].num_batches_tracked.item()
 
-    find_boundary(model, x, y, search=search)
+    searched(search, model, x, y)
     assert flags == ([module.training for module in model.modules()], [p.requires_grad for p in model.parameters()])
     assert model[1].num_batches_tracked.item() == batches
     for name, value in model.state_dict().items():
@@ -407,19 +498,18 @@ def test_model_is_left_exactly_as_it_was(search):
     model[0].weight.data.zero_()  # and no graph holds on to the parameters
 
 
-@pytest.mark.parametrize("search", list(SEARCHES))
+@pytest.mark.parametrize("search", [*SEARCHES, "approach"])
 def test_search_is_the_same_in_eval_mode_and_without_gradients(search):
     model, x = steepened(conv_with_state(), 2), torch.rand(6, 3, 4, 4)
     for _ in range(3):
         model(torch.rand(50, 3, 4, 4))
     model.eval()
     y = model(x).argmax(1)
-    options = {"search": search, "init_radius": 0.0}
-    expected = find_boundary(model, x, y, **options)
+    expected = searched(search, model, x, y, init_radius=0.0)
     assert expected.found.any()
     model.train()
     with torch.no_grad():
-        actual = find_boundary(model, x, y, **options)
+        actual = searched(search, model, x, y, init_radius=0.0)
     assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
