@@ -37,7 +37,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--batch-size", type=flags.whole(least=1), default=128)
     g.add_argument("--rounds", type=flags.whole(least=1), default=5, help="each times everything once; after a warm-up")
     g.add_argument("--examples", type=flags.whole(), default=256, help="images for the quality of boundary points")
-    g.add_argument("--steps", type=flags.whole(least=1), nargs="*", default=[4, 5, 8], help="other numbers to compare")
+    g.add_argument("--steps", type=flags.whole(least=1), nargs="*", default=[2, 4], help="other numbers to compare")
     g.add_argument("--norm", choices=list(NORMS), default=None, help="of margins and attacks (the run's, or Linf)")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the choice of images and of random starts")
     flags.add_switch(p, "--smoke", default=False, help="a few seconds on digits, to see that it runs")
@@ -119,8 +119,9 @@ def print_tables(figures: dict[str, Any]) -> None:
             + " |"
         )
     if figures["quality"]:
-        print(f"\n| {'distances, of the reference':27} | found |  kept |  mean | median |  95 % | mean |Φ| |")
-        print(f"| {'-' * 27} | ----: | ----: | ----: | -----: | ----: | -------: |")
+        print(f"\n| {'distances, of the reference':27} | found |  kept |  mean | median |  95 % | mean |Φ| ", end="")
+        print("| cosine |  norm |")
+        print(f"| {'-' * 27} | ----: | ----: | ----: | -----: | ----: | -------: | -----: | ----: |")
     for row in figures["quality"]:
         ratios = " | ".join(f"{row.get(key, math.nan):{w}.3f}" for key, w in RATIOS.items())
         print(f"| {row['search']:27} | {row['found']:.3f} | {row['kept']:.3f} | {ratios} |")
@@ -128,6 +129,7 @@ def print_tables(figures: dict[str, Any]) -> None:
 
 
 RATIOS = {"ratio_mean": 5, "ratio_median": 6, "ratio_95": 5, "distance_from_boundary": 8}
+RATIOS |= {"gradient_cosine": 6, "gradient_norm": 5}
 
 
 def interval(values: dict[str, float], scale: float, digits: int) -> str:

@@ -25,20 +25,20 @@ from dyart.modes import batch_norm_momentum, frozen, mixed_precision
 from dyart.projection import NORMS
 from evaluation.candidate import load_candidate, load_test
 from experiment import flags
-from experiment.build import build_model
+from experiment.build import build_model, loss_options
 from experiment.folder import named_checkpoints
-from experiment.settings import L2, TRAINING, resolve_normalization
+from experiment.settings import resolve, resolve_normalization
 from experiment.weights import MODEL_SETTINGS
 
-# The training steps that are timed: the method, and its options where they are not the defaults.
+# The training steps that are timed: the method, and its settings where they are not the recipe's.
 STEPS = {
     "clean step": ("clean", {}),
     "PGD-10 AT step": ("at", {}),
     "TRADES-10 step": ("trades", {}),
     "N-FGSM step": ("n-fgsm", {}),
-    "DyART step": ("dyart", {"search": SHARED, **TRAINING[SHARED]}),
-    "DyART step, --search fast": ("dyart", {"search": "fast", **TRAINING["fast"]}),
-    "DyART step, --search fab": ("dyart", {"search": "fab", **TRAINING["fab"]}),  # as released: never from a graph
+    "DyART step": ("dyart", {"search": SHARED}),
+    "DyART step, --search fast": ("dyart", {"search": "fast"}),
+    "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a graph
 }
 
 
@@ -123,9 +123,7 @@ def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Cal
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, **sgd)
     batch = slice(options["batch_size"])
     x, y = workload.x[batch], workload.y[batch]
-    arguments = {} if method == "clean" else {"norm": workload.norm, **extra}
-    if method == "dyart" and workload.norm == "L2":
-        arguments["r0"] = L2["r0"]  # That of Linf leaves nearly all margins alone.
+    arguments = loss_options(resolve({"method": method, "norm": workload.norm, **extra}), method)
     if name == "DyART step, --search fast" and options["cuda_graphs"]:
         arguments["graphs"] = CudaGraphs()
     statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from data import DATASETS, DEFAULT_DATA_DIR
-from dyart.losses import LOSSES, SHARED, SINGLE_STEP
+from dyart.losses import LOSSES, SHARED, SHARED_STEPS, SINGLE_STEP
 from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS
 from dyart.projection import NORMS
@@ -180,7 +180,8 @@ def build_parser() -> flags.Parser:
     g.add_argument("--temperature", type=positive, default=5.0, help="of the soft logit margin")
     g.add_argument("--norm", choices=list(NORMS), default="Linf", help="of margins and attacks")
     g.add_argument("--search", choices=list(TRAINING), default=SHARED, help="for boundary points; fab: as released")
-    g.add_argument("--search-steps", type=optional(whole(least=1)), default=None, help="by default the search's own")
+    steps = "iterations; with shared, linearizations (the search's own)"
+    g.add_argument("--search-steps", type=optional(whole(least=1)), default=None, help=steps)
     from_zero = flags.length_text(number(least=0))
     g.add_argument("--init-radius", type=optional(from_zero), default=None, help="twice the starting noise")
     high_quality = "leave poor boundary points out (true; there is no telling with shared)"
@@ -262,9 +263,9 @@ LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_c
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
 # trained 5 % beyond them, alike. Points that are cheap to find and would be left out for it serve all the same.
 TRAINING = {
-    SHARED: {"overshoot": 0.05, "high_quality": False},
-    "fast": {"overshoot": 0.05, "high_quality": True},
-    "fab": {"overshoot": 0.0, "high_quality": True},
+    SHARED: {"search_steps": SHARED_STEPS, "overshoot": 0.05, "high_quality": False},
+    "fast": {"search_steps": SEARCHES["fast"][1], "overshoot": 0.05, "high_quality": True},
+    "fab": {"search_steps": SEARCHES["fab"][1], "overshoot": 0.0, "high_quality": True},
 }
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
 NULLABLE |= {"cache_dir", "aux_data_content"}
@@ -363,7 +364,10 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     if alone and values["search"] == SHARED:
         flag = f"{flag_of(alone[0])} {flags.plain(given[alone[0]])}"
         raise ValueError(f"{flag}: goes with --search {' or '.join(SEARCHES)}, not with {SHARED}")
-    values = TRAINING[values["search"]] | values
+    own = TRAINING[values["search"]]
+    values = own | values
+    if values["search_steps"] is None:
+        values["search_steps"] = own["search_steps"]
     if values["pretrained"] is not None and method == "dyart":
         if given.get("burn_in_epochs"):
             raise ValueError(f"--burn-in-epochs {given['burn_in_epochs']}: --pretrained takes the place of a burn-in")

@@ -78,7 +78,7 @@ def test_the_norm_and_its_lengths_are_those_of_the_run(tmp_path, monkeypatch):
         return clean_loss(model, x, y)
 
     monkeypatch.setitem(cost.LOSSES, "dyart", loss)
-    for flags, norm, r0 in (([], "L2", 1.0), (["--norm", "Linf"], "Linf", None)):
+    for flags, norm, r0 in (([], "L2", 1.0), (["--norm", "Linf"], "Linf", 16 / 255)):
         workload = cost.load_workload(str(tmp_path / "run"), options("--examples", "8", *flags))
         given.clear()
         cost.training_step(workload, "DyART step", options())()

@@ -26,3 +26,21 @@ def test_no_correct_example_is_no_quality(amp, tmp_path):
     workload = cost.load_workload(str(tmp_path / "weights.pt"), options("--amp", amp, "--examples", "8"))
     assert not workload.correct().any()
     assert measure_quality(workload, options("--examples", "8")) == []
+
+
+def test_the_gradient_of_a_search_is_held_against_the_long_ones(monkeypatch):
+    """On weights that the searches disagree on least where they look longest."""
+    workload = cost.load_workload(None, options("--examples", "8"))
+    rows = {row["search"]: row for row in measure_quality(workload, options("--examples", "8", "--steps", "1", "3"))}
+    assert list(rows) == [
+        "reference",
+        *(f"fast, {n} steps" for n in (1, 3, 6)),
+        "shared, 1 steps",
+        "shared, 3 steps",
+    ] + ["fab, 20 steps (released)"]
+    assert rows["reference"]["gradient_norm"] == pytest.approx(1)
+    cosines = [rows[name]["gradient_cosine"] for name in ("fast, 1 steps", "fast, 3 steps", "fast, 6 steps")]
+    assert cosines == sorted(cosines) and cosines[-1] > 0.95
+    assert 0.5 < rows["shared, 1 steps"]["gradient_cosine"] < rows["shared, 3 steps"]["gradient_cosine"] < 1
+    # Of points that nobody looked at some lie before the boundary.
+    assert rows["shared, 1 steps"]["found"] < rows["fast, 6 steps"]["found"]

@@ -94,6 +94,7 @@ def generated_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 METHODS = {
     "clean": ["--method", "clean"],
     "dyart": ["--method", "dyart"],
+    "dyart fast": ["--method", "dyart", "--search", "fast"],
     "dyart fab": ["--method", "dyart", "--search", "fab", "--search-steps", "3"],
     "dyart L2": ["--method", "dyart", "--norm", "L2", "--scheduler", "cyclic"],
     "at": ["--method", "at", "--attack-iter", "2"],

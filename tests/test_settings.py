@@ -50,10 +50,10 @@ CIFAR10 = {
     "lambda_robust": 1000.0,
     "temperature": 5.0,
     "norm": "Linf",
-    "search": "fast",
-    "search_steps": None,
+    "search": "shared",
+    "search_steps": 1,
     "init_radius": None,
-    "high_quality": True,
+    "high_quality": False,
     "overshoot": 0.05,
     "beta": 6.0,
     "attack_eps": 8 / 255,
@@ -87,7 +87,8 @@ GROUP_NORM |= {"clip_grad": None}
 TINY_GROUP_NORM = {"group_norm": True, "lr": 0.05, "r0": 20 / 255, "alpha": 3.0, "clip_grad": None}
 BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epochs": 10, "lr": 0.1, "clip_grad": None}
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
-FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0}
+FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
+FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0, "high_quality": True}
 
 L2 = {"norm": "L2", "attack_eps": 128 / 255, "attack_step": 32 / 255, "r0": 1.0, "alpha": 0.2, "lambda_robust": 25.0}
 
@@ -116,7 +117,15 @@ OURS = {
     "--norm L2 --dataset tiny-imagenet": TINY | L2 | {"r0": 2.0},
     "--norm L2 --r0 0.5": L2 | {"r0": 0.5},
     "--attack-eps 4 --r0 16 --attack-step 0.01 --init-radius 8": {"attack_eps": 4 / 255, "attack_step": 0.01}
+    | FAST
     | {"init_radius": 8 / 255},
+    "--search fast": FAST,
+    "--high-quality true": FAST,  # what only the searches that stand alone know is of the one that was the default
+    "--cuda-graphs": FAST | {"cuda_graphs": True},
+    "--high-quality false": {},
+    "--search fast --search-steps none --overshoot 0": FAST | {"overshoot": 0.0},
+    "--search fab --high-quality false": {"search": "fab", "search_steps": 20, "overshoot": 0.0},
+    "--search-steps 3": {"search_steps": 3},
     "--pretrained /x/b.pt": BURNT_IN,
     "--r0 20/255 --alpha 4 --lambda-robust 300 --clip-grad none": {"r0": 20 / 255, "alpha": 4.0}
     | {"lambda_robust": 300.0, "clip_grad": None},
@@ -324,6 +333,8 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(name, tmp_path, monkey
         ("--DyART False --mart --beta -1", ["--beta -1", "mart", "above 0"]),
         ("--method n-fgsm --attack-iter 10 --dry-run", ["--attack-iter 10", "n-fgsm", "one step"]),
         ("--method fgsm-rs --attack-step 2/255 --dry-run", ["--attack-step 2/255", "fgsm-rs", "--attack-eps"]),
+        ("--search shared --high-quality true --dry-run", ["--high-quality true", "fast or fab", "shared"]),
+        ("--search shared --init-radius 8 --dry-run", ["--init-radius 8", "fast or fab", "shared"]),
         ("--norm L2 --attack linf-pgd", ["--attack linf-pgd", "--norm L2"]),
         ("--search-steps 5 --iter_FAB 20", ["--iter_FAB 20", "--search-steps 5"]),
         ("--init-radius 0 --eps_FAB 8/255", ["--eps_FAB", "--init-radius 0"]),
