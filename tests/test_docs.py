@@ -286,8 +286,8 @@ def test_the_library_is_used_as_shown(path, capsys):
         printed = float(re.search(r"[\d.]+", capsys.readouterr().out)[0])
         assert printed == pytest.approx(255 * boundary.margin.mean().item(), rel=1e-4)
         # The closed form of a linear model: z_a − z_b has the gradient w_a − w_b, whose dual norm is the l1 norm.
-        assert names["margins"].shape == (8,) and names["margins"].requires_grad
-        assert torch.allclose(names["margins"], torch.zeros(8, dtype=torch.float64), atol=0.1 * boundary.margin.max())
+        assert names["surrogate"].shape == (8,) and names["surrogate"].requires_grad
+        assert torch.allclose(names["surrogate"], torch.zeros(8, dtype=torch.float64), atol=0.1 * boundary.margin.max())
     assert torch.allclose(weights, 1 / boundary.grad.flatten(1).abs().sum(1))
 
 
