@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Does the cheap search of training make as good a model as the ones that stand alone? From one burn-in (that of
-# quickstart.sh, say), DyART with each --search: the same seeds, the same 100 steps of 64 images; then AutoAttack at 4/255
-# and 8/255. A run a core at a time.
-#     bash scripts/compare_searches.sh BURN-IN [FOLDER] [SEEDS]        writes FOLDER and results/compare-searches.json
-# Some forty minutes on 2 cores. A run that is finished is not repeated; remove the folder of one that is not.
+# Does the cheap search of training make as good a model as the ones that stand alone? From one burn-in (that of the
+# quickstart, by default), DyART with each --search: the same seeds, the same 100 steps of 64 images; then AutoAttack at
+# 4/255 and 8/255. A run a core at a time.
+#     bash scripts/compare_searches.sh [BURN-IN] [FOLDER] [SEEDS]        writes FOLDER and results/compare-searches.json
+# An hour or two on 2 cores. What is finished in either is not run again; remove the folder of a run that is cut.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-[ $# -gt 0 ] && [ $# -le 3 ] && [[ "$1" != -* ]] || {
-    echo "usage: bash scripts/compare_searches.sh BURN-IN [FOLDER] [SEEDS], e.g. experiments/quickstart-*/burn_in.pt" >&2
+[ $# -le 3 ] && [[ "${1:-}" != -* ]] || {
+    echo "usage: bash scripts/compare_searches.sh [BURN-IN] [FOLDER] [SEEDS]" >&2
     exit 2
 }
-BURN_IN="$(realpath "$1")"
+BURN_IN="$(realpath "${1:-$ROOT/results/compare-searches-burn-in.pt}")"
 FOLDER="$(realpath -m "${2:-$ROOT/experiments/compare-searches}")"
 make_environment
 cd "$ROOT"
-"$PYTHON" scripts/compare_searches_report.py "$FOLDER" "$BURN_IN"
+REPORT=("$PYTHON" scripts/compare_searches_report.py "$BURN_IN" "$FOLDER" results/compare-searches.json)
+missing="$("${REPORT[@]}" "${3:-0 1 2 3 4 5}")"
 
 # train_and_attack SEARCH-SEED
 train_and_attack() {
@@ -23,13 +24,10 @@ train_and_attack() {
         --train-subset 6400 --batch-size 64 --epochs 1 --scheduler cyclic \
         --validation-size 128 --validation-attack-iter 1 --output-dir "$FOLDER" --name "$1" --if-exists stop
     "$PYTHON" eval.py "$FOLDER/$1" --eps 4 8 --n 256 --batch-size 128 --version custom
+    "$PYTHON" scripts/compare_searches_report.py "$BURN_IN" "$FOLDER" results/compare-searches.json >/dev/null
 }
 export -f train_and_attack
 export PYTHON BURN_IN FOLDER OMP_NUM_THREADS=1
 
-for seed in ${3:-0 1 2 3 4 5}; do
-    for search in shared fast fab; do
-        echo "$search-$seed"
-    done
-done | xargs -P "$(nproc)" -I{} bash -euc 'train_and_attack {}'
-exec "$PYTHON" scripts/compare_searches_report.py "$FOLDER" "$BURN_IN" results/compare-searches.json
+echo -n "$missing" | xargs -P "$(nproc)" -I{} bash -euc 'train_and_attack {}'
+exec "${REPORT[@]}"

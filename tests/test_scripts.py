@@ -9,7 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+
+from evaluation.results import IDENTITY, Results
+from experiment.folder import Experiment
+from experiment.settings import TRAINING, resolve
+from models import create_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--dataset digits --model wrn-10-1-swish --device cpu --epochs 1 --train-subset 16 --batch-size 16 "
@@ -129,17 +135,45 @@ def test_the_figures_of_two_checkpoints_do_not_mix(tmp_path):
         assert calls(*flags) == [flags]
 
 
-def test_searches_are_compared_from_one_burn_in(tmp_path):
-    """Runs that are there from another burn-in are not taken for those of this one."""
-    command = [sys.executable, str(ROOT / "scripts" / "compare_searches_report.py"), str(tmp_path), "/a/burn_in.pt"]
-    for search, burn_in in (("fast", "/a/burn_in.pt"), ("fab", "/b/burn_in.pt")):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert (done.returncode, done.stdout + done.stderr) == (0, "")
-        (tmp_path / f"{search}-0").mkdir()
-        (tmp_path / f"{search}-0" / "args.yaml").write_text(f"pretrained: {burn_in}\n")
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_searches_are_compared_from_one_burn_in_and_run_once(tmp_path):
+    """Runs from another burn-in are not taken for those of this one; what the results hold is not run again."""
+    weights = create_model("wrn-10-1-swish").state_dict()
+    for name, changed in (("a.pt", weights), ("b.pt", {**weights, "logits.bias": weights["logits.bias"] + 1})):
+        torch.save(changed, tmp_path / name)
+    (tmp_path / "runs").mkdir()
+
+    def report(burn_in: str, *seeds: str) -> subprocess.CompletedProcess:
+        script = str(ROOT / "scripts" / "compare_searches_report.py")
+        command = [sys.executable, script, str(tmp_path / burn_in), str(tmp_path / "runs"), str(tmp_path / "out.json")]
+        return subprocess.run([*command, *seeds], capture_output=True, text=True)
+
+    assert report("a.pt").stderr.count("\n") == 1  # nothing to show yet
+    assert report("a.pt", "0 7").stdout.split() == [f"{name}-{seed}" for seed in (0, 7) for name in TRAINING]
+    for seed, (clean, robust) in enumerate([(0.5, 0.25), (0.6, 0.25)]):
+        for search, gain in (("shared", 0.0625), ("fast", 0.0)):
+            settings = resolve({"dataset": "cifar10", "search": search, "seed": seed, "train_subset": 64, "epochs": 1})
+            settings |= {"pretrained": str(tmp_path / "a.pt")}
+            with Experiment.create(tmp_path / "runs", f"{search}-{seed}", settings, echo=print) as experiment:
+                experiment.append_metrics({"epoch": 1, "seconds": 2.0})
+                results = Results(experiment.folder / "autoattack")
+                for eps in ("4", "8"):
+                    record = dict.fromkeys(IDENTITY, 0) | {"eps": int(eps) / 255, "eps_text": eps, "n": 256}
+                    record |= {"test_size": 10000, "clean_accuracy": clean, "robust_accuracy": robust + gain}
+                    results.finish(record | {"date": "", "version": "custom", "model": "wrn-28-10-swish"})
+    done = report("a.pt")
+    assert done.returncode == 0, done.stderr
+    (row,) = (line for line in done.stdout.splitlines() if line.startswith("shared-fast") and "8/255" in line)
+    assert row.split()[-4:] == ["+6.2", "0.0", "+6.2", "+6.2"]
+    shutil.rmtree(tmp_path / "runs")
+    (tmp_path / "runs").mkdir()
+    assert report("a.pt", "0").stdout.split() == ["fab-0"]  # the others are in the results
+    assert report("b.pt", "0").stdout.split() == ["shared-0", "fast-0", "fab-0"]
+
+    with Experiment.create(tmp_path / "runs", "fab-0", settings, echo=print):
+        pass
+    done = report("b.pt", "0")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "fab-0 started from /b/burn_in.pt, not from /a/burn_in.pt" in done.stderr
+    assert f"started from {tmp_path / 'a.pt'}, not from {tmp_path / 'b.pt'}" in done.stderr
 
 
 def test_baselines_without_a_method_are_all_three(script):
@@ -159,7 +193,7 @@ def test_baselines_without_a_method_are_all_three(script):
         ("resume", "missing", "missing: no such experiment folder"),
         ("eval", "", "eval.sh FOLDER"),
         ("quickstart", "--epochs 5", "quickstart.sh takes no flags, not --epochs"),
-        ("compare_searches", "a.pt there 0 1", "compare_searches.sh BURN-IN [FOLDER] [SEEDS]"),
+        ("compare_searches", "a.pt there 0 1", "compare_searches.sh [BURN-IN] [FOLDER] [SEEDS]"),
         ("analyze", "some --checkpoint epoch_0010", "analyze.sh sets --checkpoint itself, not epoch_0010"),
         ("Cifar10_DyART", "--method at", "Cifar10_DyART.sh sets --method itself (dyart), not at"),
         (
