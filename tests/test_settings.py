@@ -28,6 +28,7 @@ CIFAR10 = {
     "mean": [0.4914, 0.4822, 0.4465],
     "std": [0.2471, 0.2435, 0.2616],
     "method": "dyart",
+    "recipe": "paper",
     "pretrained": None,
     "pretrained_weights": None,
     "burn_in_epochs": 10,
@@ -87,6 +88,8 @@ GROUP_NORM |= {"clip_grad": None}
 TINY_GROUP_NORM = {"group_norm": True, "lr": 0.05, "r0": 20 / 255, "alpha": 3.0, "clip_grad": None}
 BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epochs": 10, "lr": 0.1, "clip_grad": None}
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
+SHORT = {"recipe": "short", "burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128}
+SHORT |= {"scheduler": "cyclic", "lambda_robust": 150.0, "clip_grad": 1.0}
 FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
 FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0, "high_quality": True}
 
@@ -120,6 +123,10 @@ OURS = {
     | FAST
     | {"init_radius": 8 / 255},
     "--search fast": FAST,
+    "--recipe short": SHORT,
+    "--recipe short --method at": SHORT | {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
+    "--recipe short --lambda-robust 70 --epochs 9": SHORT | {"lambda_robust": 70.0, "epochs": 9},
+    "--recipe short --method clean": SHORT | BURN_IN | {"epochs": 4, "batch_size": 128},
     "--high-quality true": FAST,  # what only the searches that stand alone know is of the one that was the default
     "--cuda-graphs": FAST | {"cuda_graphs": True},
     "--high-quality false": {},
@@ -238,6 +245,8 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
     assert name("") == "cifar10-dyart-wrn-28-10-swish"
     assert name("--group-norm --lr 0.1 --device cpu") == "cifar10-dyart-wrn-28-10-swish-groupnorm"
     assert name("--search fab --device cpu") == "cifar10-dyart-wrn-28-10-swish-search=fab"
+    assert name("--recipe short --seed 1") == "cifar10-dyart-wrn-28-10-swish-short-seed=1"
+    assert name("--search fast --search-steps 3") == "cifar10-dyart-wrn-28-10-swish-search-steps=3-search=fast"
     assert name("--overshoot 0") == "cifar10-dyart-wrn-28-10-swish-overshoot=0"
     assert name("--method n-fgsm") == "cifar10-n-fgsm-wrn-28-10-swish"
     assert name("--method fgsm-rs --attack-eps 4") == "cifar10-fgsm-rs-wrn-28-10-swish-attack-eps=0.01569"
@@ -334,6 +343,9 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(name, tmp_path, monkey
         ("--method n-fgsm --attack-iter 10 --dry-run", ["--attack-iter 10", "n-fgsm", "one step"]),
         ("--method fgsm-rs --attack-step 2/255 --dry-run", ["--attack-step 2/255", "fgsm-rs", "--attack-eps"]),
         ("--search shared --high-quality true --dry-run", ["--high-quality true", "fast or fab", "shared"]),
+        ("--recipe short --norm L2 --dry-run", ["--recipe short", "in Linf"]),
+        ("--recipe short --group-norm --dry-run", ["--recipe short", "GroupNorm"]),
+        ("--recipe short --dataset tiny-imagenet --dry-run", ["--recipe short", "cifar10, cifar100"]),
         ("--search shared --init-radius 8 --dry-run", ["--init-radius 8", "fast or fab", "shared"]),
         ("--norm L2 --attack linf-pgd", ["--attack linf-pgd", "--norm L2"]),
         ("--search-steps 5 --iter_FAB 20", ["--iter_FAB 20", "--search-steps 5"]),
