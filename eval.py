@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
                         log(f"{what_for}: what was found before is of other test images; starting again")
                     tasks.append(Task(candidate.model, test, identity))
                 else:
+                    results.take_up(known)
                     log(f"{summary(known)}, as evaluated before (--again to do it again)")
         try:
             for record in evaluate_all(tasks, args["jobs"], results, device, log):

@@ -114,6 +114,13 @@ class Results:
         """The finished record of `identity`, or None."""
         return next((record for record in self.records if same_identity(record, identity)), None)
 
+    def take_up(self, record: dict[str, Any]) -> None:
+        """Make a finished record `current` where a later one has replaced it, since its test images are there again."""
+        if record not in self.current:
+            records = [*(other for other in self.records if other is not record), record]
+            write_json(self.path, records)
+            self.records = records
+
     def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The record of `identity` as an interrupted evaluation left it, or None."""
         return next((record for record in self._unfinished if same_identity(record, identity)), None)

@@ -303,6 +303,20 @@ def test_other_test_images_than_before_are_evaluated_afresh_with_a_line(folder, 
     assert "as evaluated before" in capsys.readouterr().out
 
 
+def test_a_record_of_test_images_that_are_there_again_counts_again(folder, monkeypatch, capsys):
+    first = load_data("digits")[1]
+    argv = [str(folder), "--n", "4", "--eps", "4", "8", "--version", "custom", "--device", "cpu"]
+    for images in (first, Split(first.images.flip(0), first.labels.flip(0)), first, first):
+        monkeypatch.setattr("evaluation.candidate.load_data", lambda *_, images=images: (None, images))
+        assert eval_script.main(argv) == 0
+        records = Results(folder / "autoattack").current
+        digests = [record["test_sha256"] for record in records]
+        assert digests == 2 * [digest(Split(images.images[:4], images.labels[:4]))]
+        assert [record["eps_text"] for record in records] == ["4/255", "8/255"]
+    assert capsys.readouterr().out.count("as evaluated before") == 4
+    assert len(Results(folder / "autoattack").records) == 4
+
+
 def test_some_images_of_a_sorted_test_set_are_of_all_classes(folder, monkeypatch):
     test = load_data("digits")[1]
     order = test.labels.argsort()
