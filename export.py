@@ -162,7 +162,7 @@ def entry(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
 def train_command(settings: Mapping[str, Any]) -> str:
     """The command that resolves to the settings of a run."""
     defaults = resolve({})
-    chosen = ("dataset", "method", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
+    chosen = ("dataset", "method", "model", "norm", "group_norm", "search", "aux_data_filename", "pretrained")
     given = {name: settings[name] for name in chosen if settings[name] != defaults[name]}
     usual = resolve(given)
     left_out = (*PLACE, *not_taken_by(settings["method"]))
