@@ -263,6 +263,27 @@ def test_models_that_robustbench_has_no_class_for_say_so():
     assert "DMPreActResNet(" in export.architecture(identity | {"model": "preact-resnet34-swish", "group_norm": False})
 
 
+MEAN, STD = [0.5, 0.25, 0.125], [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("model", "group_norm"), [(MODEL, False), ("preact-resnet18-swish", False), (MODEL, True), ("resnet18", False)]
+)
+def test_a_claim_says_what_the_weights_normalize_by(model, group_norm):
+    identity = {"model": model, "dataset": "cifar100", "group_norm": group_norm, "normalize": True}
+    text = export.architecture(identity | {"mean": MEAN, "std": STD})
+    # CIFAR-100's, of weights from before the statistics were kept.
+    before = export.architecture(identity)
+    if "swish" in model and not group_norm:
+        assert "num_classes=100" in text and "mean=(0.5, 0.25, 0.125), std=(1.0, 0.5, 0.25))" in text
+        assert "mean=(0.5071, 0.4865, 0.4409)" in before
+    else:
+        assert "by mean (0.5, 0.25, 0.125) and std (1.0, 0.5, 0.25)" in text and "no class" in text
+        assert "by mean (0.5071, 0.4865, 0.4409)" in before
+    text = export.architecture(identity | {"normalize": False, "mean": None, "std": None})
+    assert "not normalizing its input" in text and "no class" in text and "DM" not in text
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
