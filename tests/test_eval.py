@@ -205,6 +205,7 @@ def test_both_spellings_of_a_length_are_the_same_to_the_last_bit():
         (["--eps", "0"], "--eps: '0' is not a number above 0"),
         (["--eps", "8", "-3"], "--eps: '-3' is not a number above 0"),
         (["--eps", "8/0"], "--eps: '8/0' is not a number above 0"),
+        (["--eps", "8/2/255"], "--eps: '8/2/255' is not a number above 0"),
         (["--eps", "nan", "--norm", "L2"], "--eps: 'nan' is not a number above 0"),
         (["--eps", "0.5"], "--eps 0.5: in Linf, is that 0.5/255 or 127.5/255? Write which"),
         (["--eps", "256"], "--eps 256: in Linf at most 255"),
