@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         tasks = []
         for candidate, norm, test in zip(candidates, norms, tests, strict=True):
             trained = candidate.settings.get("norm") or "Linf"
-            if norm != trained:
+            if candidate.settings and norm != trained:  # of others' files it is not known
                 said = " (--norm)" if args["norm"] else ""
                 log(f"{candidate.identity['checkpoint']}: trained in {trained}, attacked in {norm}{said}")
             n = args["n"] or len(test.labels)

@@ -288,6 +288,14 @@ def test_a_run_in_a_norm_that_is_not_known_here_is_attacked_in_linf_with_a_line(
     assert "best.pt: trained in L1, attacked in Linf\n" in (tmp_path / "run" / "eval.log").read_text()
 
 
+def test_nothing_is_said_of_the_norm_that_others_trained_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "evaluate_all", lambda tasks, *_: [])
+    torch.save(new_model(0).state_dict(), tmp_path / "other.pt")
+    argv = [str(tmp_path / "other.pt"), "--model", "wrn-10-1-swish", "--dataset", "digits", "--norm", "L2", "--n", "4"]
+    assert eval_script.main([*argv, "--device", "cpu"]) == 0
+    assert "trained in" not in (tmp_path / "other.pt.eval.log").read_text()
+
+
 def test_other_test_images_than_before_are_evaluated_afresh_with_a_line(folder, monkeypatch, capsys):
     test = load_data("digits")[1]
     argv = [str(folder), "--n", "4", "--eps", "8", "--version", "custom", "--device", "cpu"]
