@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         tasks = []
         for candidate, norm, test in zip(candidates, norms, tests, strict=True):
             trained = candidate.settings.get("norm") or "Linf"
-            if norm != trained:
+            if candidate.settings and norm != trained:  # of others' files it is not known
                 said = " (--norm)" if args["norm"] else ""
                 log(f"{candidate.identity['checkpoint']}: trained in {trained}, attacked in {norm}{said}")
             n = args["n"] or len(test.labels)
@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
                         log(f"{what_for}: what was found before is of other test images; starting again")
                     tasks.append(Task(candidate.model, test, identity))
                 else:
+                    results.take_up(known)
                     log(f"{summary(known)}, as evaluated before (--again to do it again)")
         try:
             for record in evaluate_all(tasks, args["jobs"], results, device, log):

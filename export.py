@@ -20,7 +20,16 @@ from evaluation.results import Results, images_of, same_identity
 from experiment import flags
 from experiment.checkpoint import write_torch
 from experiment.folder import named_checkpoints
-from experiment.settings import LENGTHS, PLACE, check_stored, flag_of, not_taken_by, resolve, resolve_normalization
+from experiment.settings import (
+    LENGTHS,
+    PLACE,
+    check_stored,
+    flag_of,
+    not_taken_by,
+    resolve,
+    resolve_normalization,
+    upgraded,
+)
 from experiment.weights import WEIGHTS_HELP
 from storage.files import FileError, naming, replacing, utf8
 
@@ -125,14 +134,19 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
 
 def architecture(identity: Mapping[str, Any]) -> str:
     """The model, and RobustBench's class that loads its weights if it has one."""
-    info, name = DATASETS[identity["dataset"]], identity["model"]
+    identity = upgraded(identity)
+    name, normalize, group_norm = (identity[key] for key in ("model", "normalize", "group_norm"))
+    mean, std = (identity[key] and tuple(identity[key]) for key in ("mean", "std"))
     found = re.fullmatch(r"wrn-(\d+)-(\d+)-swish|preact-resnet(\d+)-swish", name)
-    if found is None or identity["group_norm"]:
-        layers = " with GroupNorm" * identity["group_norm"] + " that normalizes its input" * identity["normalize"]
-        return f"{name}{layers}, as `models.create_model` makes it; RobustBench has no class for it"
+    # RobustBench's classes normalize, and have BatchNorm.
+    if found is None or group_norm or not normalize:
+        input_ = f"normalizing its input by mean {mean} and std {std}" if normalize else "not normalizing its input"
+        layers = " with GroupNorm" * group_norm
+        return f"{name}{layers}, {input_}, as `models.create_model` makes it; RobustBench has no class for it"
     shape = f"depth={found[1]}, width={found[2]}" if found[1] else f"depth={found[3]}, width=0"
     kind = "DMWideResNet" if found[1] else "DMPreActResNet"
-    arguments = f"num_classes={info.num_classes}, {shape}, activation_fn=nn.SiLU, mean={info.mean}, std={info.std}"
+    classes = DATASETS[identity["dataset"]].num_classes
+    arguments = f"num_classes={classes}, {shape}, activation_fn=nn.SiLU, mean={mean}, std={std}"
     return f"{name}; RobustBench loads it into `{kind}({arguments})`"
 
 
@@ -162,7 +176,7 @@ def entry(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
 def train_command(settings: Mapping[str, Any]) -> str:
     """The command that resolves to the settings of a run."""
     defaults = resolve({})
-    chosen = ("dataset", "method", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
+    chosen = ("dataset", "method", "model", "norm", "group_norm", "search", "aux_data_filename", "pretrained")
     given = {name: settings[name] for name in chosen if settings[name] != defaults[name]}
     usual = resolve(given)
     left_out = (*PLACE, *not_taken_by(settings["method"]))
@@ -183,13 +197,12 @@ def eval_command(record: Mapping[str, Any], out: Path) -> str:
         is_same = False
     if not is_same:
         eps = flags.length_words(record["eps"], record["norm"])
+    record = upgraded(record)
     words = ["python", "eval.py", out.name, "--model", record["model"], "--dataset", record["dataset"]]
     words += ["--group-norm"] if record["group_norm"] else []
     usual = resolve_normalization({"model": record["model"], "dataset": record["dataset"]})
     for name in ("normalize", "mean", "std"):
-        # Before mean and std were kept, the Swish models normalized whatever the record says.
-        old = "mean" not in record and (name != "normalize" or usual["normalize"])
-        if not old and record[name] is not None and record[name] != usual[name]:
+        if record[name] is not None and record[name] != usual[name]:
             words += [f"--{name}", flags.plain(record[name])]
     words += ["--eps", eps, "--norm", record["norm"], "--version", record["version"], "--n", record["n"]]
     words += ["--batch-size", record["batch_size"], "--seed", record["seed"]]

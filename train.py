@@ -231,7 +231,9 @@ def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment) -> None:
         # The first step that a run takes has the statistics of its batch as they are.
         if no_step_taken or settings["rules"] < 2:  # 1: folders from before short runs had their own
             return 1.0 if no_step_taken else usual
-        return statistics_momentum(usual, stage.epochs * len(run.loader))
+        # Of a run that may be made longer, nothing depends on how long it is.
+        extendable = SCHEDULES[stage.scheduler].extendable and stage.name != "burn-in"
+        return statistics_momentum(usual, progress.total_steps + 1 if extendable else stage.epochs * len(run.loader))
 
     buffers_before = [buffer.clone() for buffer in run.model.buffers()]
 

@@ -8,14 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiment.settings import upgraded
 from experiment.weights import MODEL_SETTINGS
 from storage.files import FileError, read_json, write_json
 
 IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
 IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
 IDENTITY += ["weights_key", "images", "test_sha256"]
-# What records of earlier versions lack, with what they were; None where that is not known, and anything matches.
+# What records of earlier versions lack, with what they were; None where that is not known. What they normalized by is
+# known, as it is of settings (`upgraded`).
 LATER = {"mean": None, "std": None, "weights_key": None, "images": "first", "test_sha256": None}
+# The names in a file under which those versions looked for each kind of weights, and no others.
+KEYS_BEFORE = {
+    "average": {"average", "wa_model", "model_state_dict"},
+    "raw": {"model", "unaveraged_model", "unaveraged_model_state_dict"},
+    "only": {"", "state_dict"},
+}
 
 # What whoever reads a record reckons with: type, least and largest value.
 _NUMBERS = {"eps": (int | float, 0, math.inf), "n": (int, 1, math.inf), "test_size": (int, 1, math.inf)}
@@ -23,14 +31,20 @@ _NUMBERS |= dict.fromkeys(("clean_accuracy", "robust_accuracy"), (int | float, 0
 
 
 def same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two records are of the same evaluation: the same weights, images and attack."""
-    # Before mean and std were kept, the Swish models normalized whatever the record says.
-    unknown = set() if "mean" in one and "mean" in other else {"normalize"}
+    """Whether two records are of the same evaluation: the same weights, images and attack.
+
+    What a record of an earlier version does not say, and what cannot be known, matches anything that it could be.
+    """
+    both = [LATER | upgraded(record) for record in (one, other)]
     for name in IDENTITY:
-        values = [record.get(name, LATER.get(name)) for record in (one, other)]
-        known = name not in unknown and not (name in LATER and None in values)
-        if known and values[0] != values[1]:
-            return False
+        values = [record[name] for record in both]
+        if values[0] == values[1] or (name == "test_sha256" and None in values):
+            continue
+        if name == "weights_key" and None in values:
+            (known,) = (value for value in values if value is not None)
+            if known in KEYS_BEFORE.get(both[0]["weights"], ()):
+                continue
+        return False
     return True
 
 
@@ -99,6 +113,13 @@ class Results:
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The finished record of `identity`, or None."""
         return next((record for record in self.records if same_identity(record, identity)), None)
+
+    def take_up(self, record: dict[str, Any]) -> None:
+        """Make a finished record `current` where a later one has replaced it, since its test images are there again."""
+        if record not in self.current:
+            records = [*(other for other in self.records if other is not record), record]
+            write_json(self.path, records)
+            self.records = records
 
     def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The record of `identity` as an interrupted evaluation left it, or None."""

@@ -43,6 +43,8 @@ def number(*, above: float = -math.inf, least: float = -math.inf, most: float = 
 
     def value(text: str) -> float:
         numerator, slash, denominator = text.partition("/")
+        if "/" in denominator:  # which Fraction would read: 1/2/3 as 1.5
+            raise ValueError
         # So that 2.1/255 is to the last bit what `length` makes of 2.1.
         return float(Fraction(numerator)) / float(Fraction(denominator)) if slash else float(text)
 

@@ -15,7 +15,8 @@ class Schedule(NamedTuple):
 
     every_step: after every optimizer step, and not after every epoch.
     cycles_momentum: the optimizer's own momentum has no effect.
-    extendable: the first epochs do not depend on how many follow, so that a finished run can be made longer.
+    extendable: the first epochs do not depend on how many follow, so that a finished run can be made longer. So in
+        its short runs BatchNorm's statistics look back a tenth of the steps so far, not of all (`statistics_momentum`).
     """
 
     make: Callable[[Optimizer, float, int, int], LRScheduler]

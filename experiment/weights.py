@@ -70,8 +70,9 @@ def choose_weights(checkpoint: dict[str, Any], path: Path, wanted: str | None = 
     if wanted in sets:
         return Weights(kinds[wanted], wanted, sets[wanted], settings, checkpoint)
     averages = [key for key in sets if kinds[key] == "average"]
+    is_bare = not sets and all(isinstance(value, Tensor) for value in checkpoint.values())
     if wanted in (None, "average") and not averages:
-        if not sets and all(isinstance(value, Tensor) for value in checkpoint.values()):
+        if is_bare:
             return Weights("only", "", checkpoint, settings, checkpoint)
         if len(sets) == 1 and (wanted is None or "unaveraged" not in next(iter(sets))):
             ((key, state_dict),) = sets.items()
@@ -81,6 +82,8 @@ def choose_weights(checkpoint: dict[str, Any], path: Path, wanted: str | None = 
     if len(keys) == 1:
         return Weights(kinds[keys[0]], keys[0], sets[keys[0]], settings, checkpoint)
     asked = "" if wanted is None else f"--weights {wanted}: "
+    if is_bare and checkpoint:
+        raise ValueError(f"{asked}{path} is a single set of weights without a name: leave --weights out")
     if not sets:
         held = ", ".join(map(str, list(checkpoint)[:10])) or "nothing"
         raise ValueError(f"{asked}{path} holds no set of weights (names to tensors) but {held}")

@@ -95,7 +95,15 @@ class _Hostile:
         ({"a": torch.zeros(2)}, [], "say what it is with --model"),
         ({"a": torch.zeros(2)}, ["--model", "wrn-11-1"], "wrn-11-1"),
         ({"a": torch.zeros(2)}, ["--model", "wrn-10-1"], "do not fit this WideResNet"),
-        ({"a": torch.zeros(2)}, ["--model", "wrn-10-1", "--weights", "raw"], "--weights raw: "),
+        *(
+            (
+                {"a.b": torch.zeros(2)},
+                ["--model", "wrn-10-1", "--weights", name],
+                f"--weights {name}: {{path}} is a single set of weights without a name: leave --weights out",
+            )
+            for name in ("raw", "net")
+        ),
+        ({}, ["--model", "wrn-10-1", "--weights", "raw"], "holds no set of weights (names to tensors) but nothing"),
         (
             {"unaveraged_model": {}},
             ["--model", "wrn-10-1"],
@@ -111,7 +119,7 @@ def test_what_is_no_checkpoint_ends_in_one_line_and_is_left_alone(tmp_path, cont
     path = tmp_path / "other.pt"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=re.escape(message)) as error:
+    with pytest.raises(ValueError, match=re.escape(message.format(path=path))) as error:
         eval_script.main([str(path), "--device", "cpu", *flags])
     assert "\n" not in str(error.value)
     assert contents(tmp_path) == before

@@ -205,6 +205,7 @@ def test_both_spellings_of_a_length_are_the_same_to_the_last_bit():
         (["--eps", "0"], "--eps: '0' is not a number above 0"),
         (["--eps", "8", "-3"], "--eps: '-3' is not a number above 0"),
         (["--eps", "8/0"], "--eps: '8/0' is not a number above 0"),
+        (["--eps", "8/2/255"], "--eps: '8/2/255' is not a number above 0"),
         (["--eps", "nan", "--norm", "L2"], "--eps: 'nan' is not a number above 0"),
         (["--eps", "0.5"], "--eps 0.5: in Linf, is that 0.5/255 or 127.5/255? Write which"),
         (["--eps", "256"], "--eps 256: in Linf at most 255"),
@@ -287,6 +288,14 @@ def test_a_run_in_a_norm_that_is_not_known_here_is_attacked_in_linf_with_a_line(
     assert "best.pt: trained in L1, attacked in Linf\n" in (tmp_path / "run" / "eval.log").read_text()
 
 
+def test_nothing_is_said_of_the_norm_that_others_trained_in(tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_script, "evaluate_all", lambda tasks, *_: [])
+    torch.save(new_model(0).state_dict(), tmp_path / "other.pt")
+    argv = [str(tmp_path / "other.pt"), "--model", "wrn-10-1-swish", "--dataset", "digits", "--norm", "L2", "--n", "4"]
+    assert eval_script.main([*argv, "--device", "cpu"]) == 0
+    assert "trained in" not in (tmp_path / "other.pt.eval.log").read_text()
+
+
 def test_other_test_images_than_before_are_evaluated_afresh_with_a_line(folder, monkeypatch, capsys):
     test = load_data("digits")[1]
     argv = [str(folder), "--n", "4", "--eps", "8", "--version", "custom", "--device", "cpu"]
@@ -301,6 +310,20 @@ def test_other_test_images_than_before_are_evaluated_afresh_with_a_line(folder, 
     assert len(results.records) == 2 and results.current == results.records[1:]
     assert eval_script.main(argv) == 0
     assert "as evaluated before" in capsys.readouterr().out
+
+
+def test_a_record_of_test_images_that_are_there_again_counts_again(folder, monkeypatch, capsys):
+    first = load_data("digits")[1]
+    argv = [str(folder), "--n", "4", "--eps", "4", "8", "--version", "custom", "--device", "cpu"]
+    for images in (first, Split(first.images.flip(0), first.labels.flip(0)), first, first):
+        monkeypatch.setattr("evaluation.candidate.load_data", lambda *_, images=images: (None, images))
+        assert eval_script.main(argv) == 0
+        records = Results(folder / "autoattack").current
+        digests = [record["test_sha256"] for record in records]
+        assert digests == 2 * [digest(Split(images.images[:4], images.labels[:4]))]
+        assert [record["eps_text"] for record in records] == ["4/255", "8/255"]
+    assert capsys.readouterr().out.count("as evaluated before") == 4
+    assert len(Results(folder / "autoattack").records) == 4
 
 
 def test_some_images_of_a_sorted_test_set_are_of_all_classes(folder, monkeypatch):

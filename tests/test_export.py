@@ -173,6 +173,10 @@ def test_the_evaluation_command_of_a_claim_means_what_was_run(folder, tmp_path, 
         ["--aux-data-filename", "a b.npz", "--method", "dyart", "--nesterov", "false", "--seed", "3"],
         ["--method", "trades", "--beta", "3", "--group-norm", "--norm", "L2"],
         ["--method", "n-fgsm", "--attack-eps", "4"],
+        ["--method", "dyart", "--search", "fast", "--high-quality", "false"],
+        ["--method", "dyart", "--search", "fab", "--high-quality", "false"],
+        ["--method", "dyart", "--search", "fab", "--overshoot", "0.05"],
+        ["--method", "dyart", "--search", "shared", "--search-steps", "3"],
         ["--norm", "L2", "--r0", "7/1", "--attack-eps", "0.3", "--init-radius", "0"],
         ["--r0", "100/255", "--attack-eps", "5", "--attack-step", "0.01", "--mean", "0,0,0", "--std", "1,1,0.5"],
     ],
@@ -257,6 +261,27 @@ def test_models_that_robustbench_has_no_class_for_say_so():
     assert "preact-resnet18 with GroupNorm" in export.architecture(identity)
     assert "no class" in export.architecture(identity)
     assert "DMPreActResNet(" in export.architecture(identity | {"model": "preact-resnet34-swish", "group_norm": False})
+
+
+MEAN, STD = [0.5, 0.25, 0.125], [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("model", "group_norm"), [(MODEL, False), ("preact-resnet18-swish", False), (MODEL, True), ("resnet18", False)]
+)
+def test_a_claim_says_what_the_weights_normalize_by(model, group_norm):
+    identity = {"model": model, "dataset": "cifar100", "group_norm": group_norm, "normalize": True}
+    text = export.architecture(identity | {"mean": MEAN, "std": STD})
+    # CIFAR-100's, of weights from before the statistics were kept.
+    before = export.architecture(identity)
+    if "swish" in model and not group_norm:
+        assert "num_classes=100" in text and "mean=(0.5, 0.25, 0.125), std=(1.0, 0.5, 0.25))" in text
+        assert "mean=(0.5071, 0.4865, 0.4409)" in before
+    else:
+        assert "by mean (0.5, 0.25, 0.125) and std (1.0, 0.5, 0.25)" in text and "no class" in text
+        assert "by mean (0.5071, 0.4865, 0.4409)" in before
+    text = export.architecture(identity | {"normalize": False, "mean": None, "std": None})
+    assert "not normalizing its input" in text and "no class" in text and "DM" not in text
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from evaluations import (
 from torch import nn
 
 import eval as eval_script
-from data import Split
+from data import DATASETS, Split
 from evaluation import attack, results
 from evaluation.results import Results
 
@@ -109,7 +109,10 @@ def test_other_test_images_are_another_evaluation(tmp_path, toy, digits):
     [
         ({}, True),
         ({"test_sha256": "1" * 64, "weights_key": "average", "images": "first"}, True),
-        ({"normalize": True, "mean": [0.5] * 3, "std": [0.25] * 3}, True),  # a Swish model normalized all the same
+        ({"mean": None, "std": None}, True),
+        ({"normalize": True, "mean": [0.5] * 3, "std": [0.25] * 3}, False),
+        ({"weights_key": "wa_model"}, True),
+        ({"weights_key": "ema"}, False),  # which earlier versions did not look for
         ({"images": "balanced"}, False),
         ({"seed": 4}, False),
         ({"sha256": "1" * 64}, False),
@@ -118,6 +121,37 @@ def test_other_test_images_are_another_evaluation(tmp_path, toy, digits):
 def test_records_of_before_are_of_the_same_evaluation_in_what_they_say(now, same):
     assert results.same_identity(identity(), identity() | now) is same
     assert results.same_identity(identity() | now, identity()) is same
+
+
+@pytest.mark.parametrize(
+    ("model", "normalized"), [("wrn-10-1-swish", False), ("wrn-10-1-swish", True), ("wrn-10-1", True)]
+)
+def test_what_records_of_before_normalized_by_is_known(model, normalized):
+    """The Swish models normalized whatever the record says, by the statistics of the dataset."""
+    info = DATASETS["digits"]
+    before = identity(model=model, normalize=normalized)
+    now = before | {"normalize": True, "mean": list(info.mean), "std": list(info.std)}
+    assert results.same_identity(before, now) and results.same_identity(now, before)
+    others = {"std": [0.2] * 3}, {"mean": [0.5] * 3}, {"normalize": False, "mean": None, "std": None}
+    for other in others:
+        assert not results.same_identity(before, now | other)
+        assert not results.same_identity(now | other, before)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "other"),
+    [
+        ("average", "average", "swa_model"),
+        ("raw", "model", "net"),
+        ("only", "", "net"),
+        ("only", "state_dict", "model"),
+    ],
+)
+def test_a_record_of_before_is_of_the_weights_that_were_looked_for_then(kind, key, other):
+    before = identity(weights=kind)
+    for one, same in ((key, True), (other, False)):
+        assert results.same_identity(before, before | {"weights_key": one}) is same
+        assert results.same_identity(before | {"weights_key": one}, before) is same
 
 
 def test_statistics_and_names_tell_evaluations_apart():

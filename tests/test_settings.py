@@ -271,10 +271,14 @@ CHOICES = ["method", "scheduler", "norm", "search", "if-exists", "amp", "attack"
 
 BAD = {
     **{name: [("maybe", "true or false")] for name in SWITCHES},
-    **{name: [(text, "a number above 0") for text in ("0", "-1", "nan", "inf", "1/0", "x", "")] for name in POSITIVE},
+    **{
+        name: [(text, "a number above 0") for text in ("0", "-1", "nan", "inf", "1/0", "1/2/3", "x", "")]
+        for name in POSITIVE
+    },
     **{name: [(t, "a whole number at least 1") for t in ("0", "-3", "1.5", "1e3", "9" * 400)] for name in COUNTS},
     **{
-        name: [(text, "a number at least 0") for text in ("-0.1", "nan", "8/0", "9" * 400 + "/1")] for name in FROM_ZERO
+        name: [(text, "a number at least 0") for text in ("-0.1", "nan", "8/0", "1/2/3", "9" * 400 + "/1")]
+        for name in FROM_ZERO
     },
     **{name: [("other", "choose from")] for name in CHOICES},
     **{
