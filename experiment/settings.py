@@ -244,7 +244,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--checkpoint-minutes", type=optional(positive), default=None, help="also within an epoch")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     g.add_argument("--amp", choices=PRECISIONS, default="none", help="bfloat16 in searches only, or in all of a step")
-    add_switch(g, "--channels-last", default=False, help="memory format of weights and images")
+    add_switch(g, "--channels-last", default=True, help="memory format of weights and images")
     add_switch(g, "--tf32", default=True, help="TensorFloat-32 for float32 on a GPU")
     add_switch(g, "--compile", default=False, help="torch.compile the model")
     graphs = "on a GPU, replay the boundary search from a captured graph (not with --detect-anomaly)"

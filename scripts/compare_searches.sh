@@ -19,7 +19,7 @@ missing="$("${REPORT[@]}" "${3:-0 1 2 3 4 5}")"
 
 # train_and_attack SEARCH-SEED
 train_and_attack() {
-    [ -e "$FOLDER/$1/best.pt" ] || "$PYTHON" train.py --dataset cifar10 --model wrn-10-1-swish --channels-last \
+    [ -e "$FOLDER/$1/best.pt" ] || "$PYTHON" train.py --dataset cifar10 --model wrn-10-1-swish \
         --pretrained "$BURN_IN" --search "${1%-*}" --seed "${1#*-}" \
         --train-subset 6400 --batch-size 64 --epochs 1 --scheduler cyclic \
         --validation-size 128 --validation-attack-iter 1 --output-dir "$FOLDER" --name "$1" --if-exists stop

@@ -72,7 +72,7 @@ CIFAR10 = {
     "checkpoint_minutes": None,
     "device": "cuda" if torch.cuda.is_available() else "cpu",
     "amp": "none",
-    "channels_last": False,
+    "channels_last": True,
     "tf32": True,
     "compile": False,
     "cuda_graphs": False,
