@@ -293,6 +293,29 @@ def test_what_cannot_change_is_refused(
     assert files(tmp_path) == before
 
 
+def test_normalize_is_held_against_the_folders_model(
+    tmp_path: Path, kill: Kill, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the recipe's, a Swish one's: only those normalize whatever `--normalize false` says, with a warning."""
+    for name, model in (
+        ("swish", []),
+        ("plain", ["--model", "wrn-10-1"]),
+        ("own", ["--model", "wrn-10-1", "--normalize"]),
+    ):
+        with kill.when(lambda number, event: event == "check"):
+            assert killed(*tiny(tmp_path, "--name", name, "--train-subset", "16", *model))
+    before = files(tmp_path)
+    argv = ["--normalize", "false", "--dry-run", "--resume"]
+    for name, warned in (("swish", True), ("plain", False)):
+        caplog.clear()
+        assert run_training(*argv, str(tmp_path / name)) == 0
+        assert ("Swish models normalize" in caplog.text) == warned
+    caplog.clear()
+    assert "--normalize False: " in refusal(capsys, *argv, str(tmp_path / "own"))
+    assert "--normalize True: " in refusal(capsys, "--normalize", "--resume", str(tmp_path / "plain"))
+    assert not caplog.text and files(tmp_path) == before
+
+
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path, kill: Kill) -> None:
     with kill.when(lambda number, event: event == "check"):
         assert killed(*tiny(tmp_path, "--train-subset", "16"))
