@@ -22,6 +22,8 @@ from tqdm import tqdm
 from data import Loader, content_of, find_data_dir
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
+from dyart.losses import SHARED
+from dyart.margin import SEARCHES
 from experiment import flags
 from experiment.build import Stage, generated_content, stages_of
 from experiment.folder import Experiment, Loaded
@@ -200,6 +202,9 @@ def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[
     if loaded is not None:
         check_place(loaded, stored)
     settings = stored | {name: value for name, value in given.items() if name in {"epochs", *PLACE}} | moved
+    if settings["cuda_graphs"] and settings["search"] == SHARED:
+        searches = " or ".join(SEARCHES)
+        raise ValueError(f"--cuda-graphs: goes with --search {searches}, and {experiment.folder} runs with {SHARED}")
     if "data_dir" not in given:
         settings["data_dir"] = str(find_data_dir(stored["dataset"], stored["data_dir"]))
     if settings["epochs"] != stored["epochs"]:
