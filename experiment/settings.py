@@ -299,14 +299,22 @@ def parse(argv: list[str] | None) -> dict[str, Any]:
     namespace = argparse.Namespace(**{action.dest: left_out for action in parser._actions})
     given = vars(parser.parse_args(argv, namespace))
     given = translate({name: value for name, value in given.items() if value is not left_out})
-    if given.get("normalize") is False and not {"mean", "std"} & given.keys():
+    if "resume" not in given:  # The model is the folder's there.
         dataset = given.get("dataset", parser.get_default("dataset"))
-        if given.get("model", RECIPES[dataset]["model"]).endswith("-swish"):
-            # The released scripts give this flag to Swish models, and theirs normalize all the same.
-            del given["normalize"]
-            instead = "for one that does not: --mean 0,0,0 --std 1,1,1"
-            logger.warning("--normalize false: Swish models normalize, as in the released code; %s", instead)
+        hint = "; for one that does not: --mean 0,0,0 --std 1,1,1"
+        given = as_swish_models_do(given, given.get("model", RECIPES[dataset]["model"]), hint)
     return given
+
+
+def as_swish_models_do(given: dict[str, Any], model: str, hint: str = "") -> dict[str, Any]:
+    """The flags without a `--normalize false` for a Swish model, which is warned of.
+
+    The released scripts give this flag to Swish models, and theirs normalize all the same.
+    """
+    if given.get("normalize") is not False or {"mean", "std"} & given.keys() or not model.endswith("-swish"):
+        return given
+    logger.warning("--normalize false: Swish models normalize, as in the released code%s", hint)
+    return {name: value for name, value in given.items() if name != "normalize"}
 
 
 def translate(given: dict[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,23 @@ from tqdm import tqdm
 from data import Loader, content_of, find_data_dir
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
+from dyart.losses import SHARED
+from dyart.margin import SEARCHES
 from experiment import flags
 from experiment.build import Stage, generated_content, stages_of
 from experiment.folder import Experiment, Loaded
 from experiment.metrics import Meter
 from experiment.schedules import SCHEDULES
-from experiment.settings import ACTIONS, LENGTHS, PLACE, check_settings, check_stored, upgraded, with_lengths
+from experiment.settings import (
+    ACTIONS,
+    LENGTHS,
+    PLACE,
+    as_swish_models_do,
+    check_settings,
+    check_stored,
+    upgraded,
+    with_lengths,
+)
 from models.weights import load_weights
 from storage.files import FileError
 
@@ -178,6 +189,8 @@ def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[
     # Where it was 8 that meant 8.0, before lengths meant the same everywhere, 8 changes nothing.
     as_before = {name: stored[name] for name in LENGTHS if _is_number(given.get(name), stored[name])}
     given = with_lengths(given | as_before, stored["norm"])
+    if stored["normalize"]:
+        given = as_swish_models_do(given, stored["model"])
     moved = moved_data(given, stored, experiment)
     for name in given.keys() - {"epochs", *PLACE, *ACTIONS} - moved.keys():
         if given[name] != stored[name]:
@@ -189,6 +202,9 @@ def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[
     if loaded is not None:
         check_place(loaded, stored)
     settings = stored | {name: value for name, value in given.items() if name in {"epochs", *PLACE}} | moved
+    if settings["cuda_graphs"] and settings["search"] == SHARED:
+        searches = " or ".join(SEARCHES)
+        raise ValueError(f"--cuda-graphs: goes with --search {searches}, and {experiment.folder} runs with {SHARED}")
     if "data_dir" not in given:
         settings["data_dir"] = str(find_data_dir(stored["dataset"], stored["data_dir"]))
     if settings["epochs"] != stored["epochs"]:

@@ -4,6 +4,7 @@ For whoever loads a model, train.py's --pretrained and the evaluation alike: one
 of weights, one check of what they fit.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
 from experiment.settings import (
     add_normalization_flags,
+    as_swish_models_do,
     check_settings,
     dataset_name,
     flag_of,
@@ -25,6 +27,8 @@ from experiment.settings import (
 )
 from models.weights import load_weights, statistics_of
 from storage.files import FileError
+
+logger = logging.getLogger(__name__)
 
 # The settings that make a checkpoint's model and choose its data.
 MODEL_SETTINGS = {"dataset": str, "model": str, "group_norm": bool, "normalize": bool}
@@ -135,6 +139,8 @@ def model_settings(weights: Weights, path: Path, given: Mapping[str, Any]) -> di
     statistics = statistics_of(weights.state_dict)
     if weights.settings is not None:
         settings = model_settings_of(weights.settings, path)
+        if "mean" not in weights.settings:  # Then the flag was kept as it was given, and said nothing of Swish models.
+            given = as_swish_models_do(given, settings["model"], f" ({path})")
     elif "model" not in given:
         raise ValueError(f"{path} has no settings in it: say what it is with --model (and --dataset, --normalize)")
     else:
@@ -142,6 +148,9 @@ def model_settings(weights: Weights, path: Path, given: Mapping[str, Any]) -> di
         if statistics and settings["normalize"] is not False:
             settings = statistics | settings
         settings |= resolve_normalization(settings)
+        if not settings["normalize"] and settings["model"].endswith("-swish"):
+            though = "though the Swish models of train.py and of the released code do"
+            logger.warning("--normalize false: %s is taken not to normalize, %s", path, though)
     check_same_model(given, settings, path)
     return {name: settings[name] for name in MODEL_SETTINGS}
 

@@ -195,16 +195,20 @@ def test_safetensors_are_evaluated_as_any_file(tmp_path):
 
 def test_a_file_of_ours_is_not_taken_for_another_model(tmp_path):
     folder = two_checkpoints(tmp_path)
-    for given, message in [
-        ({"model": "wrn-10-1"}, "--model wrn-10-1: .*was trained with --model wrn-10-1-swish"),
-        ({"normalize": False}, "--normalize false: .*was trained with --normalize true"),
+    info = DATASETS["digits"]
+    settings = SETTINGS | {"normalize": True, "mean": list(info.mean), "std": list(info.std)}
+    save_checkpoint(tmp_path / "now.pt", {"settings": settings, "average": new_model(0).state_dict()})
+    for path, given, message in [
+        (folder / "best.pt", {"model": "wrn-10-1"}, "--model wrn-10-1: .*was trained with --model wrn-10-1-swish"),
+        (tmp_path / "now.pt", {"normalize": False}, "--normalize false: .*was trained with --normalize true"),
         (
+            folder / "best.pt",
             {"std": STD, "group_norm": True},
             "--group-norm true --std 0.2023,.*trained with --group-norm false --std 0.32",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_candidate(folder / "best.pt", None, given)
+            load_candidate(path, None, given)
 
 
 def test_a_swish_model_of_before_the_statistics_were_settings_normalizes(tmp_path):
@@ -212,3 +216,28 @@ def test_a_swish_model_of_before_the_statistics_were_settings_normalizes(tmp_pat
     assert candidate.identity["normalize"] is True
     assert candidate.identity["mean"] == list(DATASETS["digits"].mean)
     torch.testing.assert_close(candidate.model(torch.ones(1, 3, 32, 32)), new_model(1)(torch.ones(1, 3, 32, 32)))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_normalize_false_of_a_swish_folder_of_before_is_no_contradiction(tmp_path, caplog, kept):
+    """Its args.yaml has what was given then, and a Swish model normalized all the same; so it does, with a warning."""
+    settings = SETTINGS | {"normalize": kept}
+    save_checkpoint(tmp_path / "old.pt", {"settings": settings, "average": new_model(1).state_dict()})
+    candidate = load_candidate(tmp_path / "old.pt", None, {"normalize": False})
+    assert candidate.identity["normalize"] is True
+    torch.testing.assert_close(candidate.model(torch.ones(1, 3, 32, 32)), new_model(1)(torch.ones(1, 3, 32, 32)))
+    (line,) = caplog.messages
+    assert line == f"--normalize false: Swish models normalize, as in the released code ({tmp_path / 'old.pt'})"
+    with pytest.raises(ValueError, match=r"--std 0\.2023"):
+        load_candidate(tmp_path / "old.pt", None, {"std": STD})
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "lines"), [("wrn-10-1-swish", False, 1), ("wrn-10-1-swish", None, 0), ("wrn-10-1", False, 0)]
+)
+def test_a_swish_model_of_others_that_is_not_to_normalize_is_warned_of(tmp_path, caplog, model, given, lines):
+    torch.save(create_model(model, normalize=False).state_dict(), tmp_path / "other.pt")
+    candidate = load_candidate(tmp_path / "other.pt", None, {"model": model, "normalize": given})
+    assert candidate.identity["normalize"] is (given is None)
+    assert len(caplog.messages) == lines
+    assert all(f"--normalize false: {tmp_path / 'other.pt'} is" in line for line in caplog.messages)

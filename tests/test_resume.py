@@ -281,7 +281,7 @@ def test_other_schedules_cannot_be_made_longer_or_shorter(
         (["--seed", "5"], "--seed 5: .* runs with 0"),
         (["--model", "resnet18"], "--model resnet18: .* runs with wrn-10-1-swish"),
         (["--device", "cuda:77"], "--device cuda:77: not to be had here"),
-        (["--device", "cpu", "--cuda-graphs"], "--cuda-graphs: only on a GPU, not with --device cpu"),
+        (["--device", "cuda", "--cuda-graphs"], "--cuda-graphs: goes with --search fast or fab, and .* with shared"),
     ],
 )
 def test_what_cannot_change_is_refused(
@@ -292,6 +292,42 @@ def test_what_cannot_change_is_refused(
     before = files(tmp_path)
     assert re.search(pattern, refusal(capsys, "--resume", str(tmp_path / "run"), *flags))
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("search", ["fast", "fab"])
+def test_cuda_graphs_of_a_search_that_takes_them_need_a_gpu(
+    search: str, tmp_path: Path, kill: Kill, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with kill.when(lambda number, event: event == "check"):
+        assert killed(*tiny(tmp_path, "--train-subset", "16", "--search", search))
+    before = files(tmp_path)
+    error = refusal(capsys, "--resume", str(tmp_path / "run"), "--device", "cpu", "--cuda-graphs")
+    assert "--cuda-graphs: only on a GPU, not with --device cpu" in error
+    assert files(tmp_path) == before
+    assert run_training("--resume", str(tmp_path / "run"), "--device", "cpu", "--cuda-graphs", "--dry-run") == 0
+
+
+def test_normalize_is_held_against_the_folders_model(
+    tmp_path: Path, kill: Kill, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the recipe's, a Swish one's: only those normalize whatever `--normalize false` says, with a warning."""
+    for name, model in (
+        ("swish", []),
+        ("plain", ["--model", "wrn-10-1"]),
+        ("own", ["--model", "wrn-10-1", "--normalize"]),
+    ):
+        with kill.when(lambda number, event: event == "check"):
+            assert killed(*tiny(tmp_path, "--name", name, "--train-subset", "16", *model))
+    before = files(tmp_path)
+    argv = ["--normalize", "false", "--dry-run", "--resume"]
+    for name, warned in (("swish", True), ("plain", False)):
+        caplog.clear()
+        assert run_training(*argv, str(tmp_path / name)) == 0
+        assert ("Swish models normalize" in caplog.text) == warned
+    caplog.clear()
+    assert "--normalize False: " in refusal(capsys, *argv, str(tmp_path / "own"))
+    assert "--normalize True: " in refusal(capsys, "--normalize", "--resume", str(tmp_path / "plain"))
+    assert not caplog.text and files(tmp_path) == before
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path: Path, kill: Kill) -> None:
