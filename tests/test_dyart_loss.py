@@ -359,12 +359,12 @@ def robust_gradient(model, x, y, **options):
 
 
 # The least cosine with the exact gradient, the least and the most of its norm as a multiple. Measured, by number of
-# linearizations: after clean training 0.959, 1.51 (1) and 0.984, 1.08 (3); after DyART 0.949, 0.99 and 0.980, 0.96.
+# linearizations: after clean training 0.959, 1.51 (1) and 0.984, 1.08 (3); after DyART 0.938, 0.81 and 0.988, 1.04.
 NEAR = {
     ("clean", 1): (0.92, 1.2, 1.8),
     ("clean", 3): (0.96, 0.95, 1.2),
-    ("dyart", 1): (0.92, 0.85, 1.15),
-    ("dyart", 3): (0.96, 0.85, 1.1),
+    ("dyart", 1): (0.9, 0.7, 1.1),
+    ("dyart", 3): (0.96, 0.9, 1.2),
 }
 
 
@@ -378,7 +378,7 @@ def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(trained, 
     assert least < cheap.norm() / exact.norm() < most
 
 
-# The most that the median of the weights may be off. Measured: 1.055, 1.007, 1.156, 1.013.
+# The most that the median of the weights may be off. Measured: 1.055, 1.007, 1.185, 1.009.
 @pytest.mark.parametrize(
     ("weights", "steps", "off"), [("clean", 1, 0.1), ("clean", 2, 0.03), ("dyart", 1, 0.25), ("dyart", 2, 0.05)]
 )
@@ -395,15 +395,18 @@ def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights, steps, 
 
 
 def test_shared_passes_are_as_many_as_they_are_said_to_be():
-    """The clean batch; of it what is right there, for each linearization; what is right in eval mode, its points."""
+    """The clean batch; of it what is nearly right; what is right in eval mode for further steps and for its points."""
     model = mlp()
+    with torch.no_grad():
+        model[-1].weight *= 1.5  # so that some are far from right
     x, y = batch(model)
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), module.training)))
     dyart_loss(model, x, y, **OBJECTIVE, **SHARED, steps=3)
-    right = (soft_logit_margin(model(x), y) > 0).sum().item()
-    assert 5 < right < 15
-    assert seen[:-1] == [(20, True), (right, False), (right, False), (right, False), (right, True)]
+    value = soft_logit_margin(model(x), y)
+    right, nearly = (value > 0).sum().item(), (value > -0.5).sum().item()
+    assert 5 < right < nearly < 20
+    assert seen[:-1] == [(20, True), (nearly, False), (right, False), (right, False), (right, True)]
 
 
 def test_batch_norm_sees_the_clean_batch_first_then_the_points_of_shared_passes():
