@@ -11,6 +11,7 @@ from folders import refused
 from runs import refusal, run_training, tiny
 
 import eval as eval_script
+import train
 from experiment import build, settings
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
@@ -304,6 +305,7 @@ BAD = {
     "fname_extra": [("/a", "--output-dir")],
     "mean": [(text, "three numbers with commas") for text in ("1,2", "1,2,3,4", "a,b,c", "nan,0,0", "")],
     "std": [("0.2", "three numbers with commas")],
+    "recipe": [("long", "short")],
     "rules": [("0", "at least 1"), ("3", "at most 2")],
     "pretrained": [("missing.pt", "no such file or folder")],
     "pretrained-weights": [("ema", "--pretrained FILE")],
@@ -323,6 +325,13 @@ def test_every_flag_has_bad_values_here():
     assert set(BAD) == flags - FREE
 
 
+@pytest.fixture
+def nothing_is_trained(monkeypatch):
+    """What is accepted after all ends here, and not after hours."""
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("the command was accepted"))
+
+
+@pytest.mark.usefixtures("nothing_is_trained")
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_value_is_refused_in_one_line_that_names_it(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -335,6 +344,7 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(name, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("nothing_is_trained")
 @pytest.mark.parametrize(
     ("command", "words"),
     [
