@@ -20,8 +20,8 @@ import dyart
 
 ROOT = Path(__file__).parents[1]
 NAMES = (
-    "find_boundary, Boundary, is_locally_closest, margin_gradient_weights, soft_logit_margin, logit_margin, "
-    "dyart_loss, boundary_speed, update_direction, WeightAverage, pgd, __version__"
+    "find_boundary, approach_boundary, Boundary, is_locally_closest, margin_gradient_weights, "
+    "soft_logit_margin, logit_margin, dyart_loss, boundary_speed, update_direction, WeightAverage, pgd, __version__"
 )
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
