@@ -145,7 +145,7 @@ def find_boundary(
     the_norm = lookup_norm(norm)
     if search not in SEARCHES:
         raise ValueError(f"unknown search {search!r}: choose from {', '.join(SEARCHES)}")
-    run, default_steps, default_radius = SEARCHES[search]
+    search_function, default_steps, default_radius = SEARCHES[search]
     steps = default_steps if steps is None else steps
     init_radius = default_radius if init_radius is None else init_radius
     if steps < 1:
@@ -167,11 +167,12 @@ def find_boundary(
         def evaluate(points: Tensor, rows: Tensor | slice) -> Tensor:
             return soft_logit_margin(model(points.view(-1, *shape)), labels[rows], temperature)
 
-        return run(linearize, evaluate, origin, begin, the_norm, steps, 1.0 if start is None else WARM_WEIGHT)
+        weight = 1.0 if start is None else WARM_WEIGHT
+        return search_function(linearize, evaluate, origin, begin, the_norm, steps, weight)
 
     origin = x.flatten(1)
     with frozen(model), torch.no_grad():
-        begin = _start(origin, the_norm, init_radius, generator) if start is None else start.detach().flatten(1)
+        begin = _noisy_start(origin, the_norm, init_radius, generator) if start is None else start.detach().flatten(1)
         if graphs is None:
             nearest = nearest_points(origin, begin, labels)
         else:
@@ -222,7 +223,7 @@ class _Nearest(NamedTuple):
         )
 
 
-def _start(origin: Tensor, norm: Norm, init_radius: float, generator: torch.Generator | None) -> Tensor:
+def _noisy_start(origin: Tensor, norm: Norm, init_radius: float, generator: torch.Generator | None) -> Tensor:
     if init_radius == 0:
         return origin
     noise = torch.rand(origin.shape, dtype=origin.dtype, device=origin.device, generator=generator) * 2 - 1
@@ -233,7 +234,7 @@ def _start(origin: Tensor, norm: Norm, init_radius: float, generator: torch.Gene
 def _search_fab(
     linearize: Callable,
     evaluate: Callable,
-    x: Tensor,
+    origin: Tensor,
     start: Tensor,
     norm: Norm,
     steps: int,
@@ -245,24 +246,24 @@ def _search_fab(
     of the shorter move. A forward pass tells on which side the step has ended, and one more forward and backward pass
     serves the next step; a last one takes the gradient at the points found.
     """
-    value = evaluate(x, slice(None))
+    value = evaluate(origin, slice(None))
     correct = value > CORRECT_ABOVE
     distance = torch.full_like(value, math.inf)
-    best = x
+    best = origin
     at = start
     for _ in range(steps):
         value, grad = linearize(at, slice(None))
         move = norm.project(at, grad, -value)
-        move_x = norm.project(x, grad, -value - (grad * (x - at)).sum(1))
+        move_x = norm.project(origin, grad, -value - (grad * (origin - at)).sum(1))
         length, length_x = norm.length(move), norm.length(move_x)
-        mix = (length / (length + length_x).clamp_min(_tiny(x))).clamp_max(0.1)[:, None]
-        at = ((1 - mix) * (at + 1.05 * move) + mix * (x + 1.05 * move_x)).clamp_(0, 1)
+        mix = (length / (length + length_x).clamp_min(_tiny(origin))).clamp_max(0.1)[:, None]
+        at = ((1 - mix) * (at + 1.05 * move) + mix * (origin + 1.05 * move_x)).clamp_(0, 1)
         crossed = evaluate(at, slice(None)) < 0
-        reached = norm.length(at - x)
+        reached = norm.length(at - origin)
         closer = correct & crossed & (reached < distance)
         distance = torch.where(closer, reached, distance)
         best = torch.where(closer[:, None], at, best)
-        at = torch.where(crossed[:, None], x + 0.9 * (at - x), at)
+        at = torch.where(crossed[:, None], origin + 0.9 * (at - origin), at)
     return _Nearest(best, distance, *linearize(best, slice(None)))
 
 
@@ -290,16 +291,16 @@ def _search_fast(
     everywhere = _Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
     rows = slice(None) if has_fixed_shapes(origin) else correct.nonzero()[:, 0]
     nearest = _Nearest(*(field[rows] for field in everywhere))
-    x, correct = origin[rows], correct[rows]
-    move = start[rows] - x
+    searched, correct = origin[rows], correct[rows]
+    move = start[rows] - searched
     value, grad = (value[rows], grad[rows]) if start is origin else linearize(start[rows], rows)
     normal = None
     for step in range(steps):
         left = weight * (1 - step / steps)
-        move, onto, normal = _turn(x, move, normal, value, grad, norm, left)
+        move, onto, normal = _turn(searched, move, normal, value, grad, norm, left)
         beyond = OVERSHOOT * left * torch.where(nearest.distance.isfinite(), 1, 3)
-        at = (x + ((1 + beyond) * onto)[:, None] * move).clamp_(0, 1)
-        move = at - x
+        at = (searched + ((1 + beyond) * onto)[:, None] * move).clamp_(0, 1)
+        move = at - searched
         value, grad = linearize(at, rows)
         nearest = nearest.update(correct & (value < 0), at, norm.length(move), value, grad)
     for field, part in zip(everywhere, nearest, strict=True):

@@ -288,8 +288,8 @@ def test_fast_comes_closer_than_fab_in_a_third_of_its_steps():
 @pytest.mark.parametrize("search", list(SEARCHES))
 def test_start_is_reproducible_and_as_wide_as_asked(search, monkeypatch):
     starts = []
-    real = margin_module._start
-    monkeypatch.setattr(margin_module, "_start", lambda *args: starts.append(real(*args)) or starts[-1])
+    real = margin_module._noisy_start
+    monkeypatch.setattr(margin_module, "_noisy_start", lambda *args: starts.append(real(*args)) or starts[-1])
     model, x = mlp(), images(8, 12)
     y = model(x).argmax(1)
     for seed in (0, 0, 1):
