@@ -36,8 +36,8 @@ STEPS = {
     "PGD-10 AT step": ("at", {}),
     "TRADES-10 step": ("trades", {}),
     "N-FGSM step": ("n-fgsm", {}),
-    "DyART step": ("dyart", {"search": SHARED}),
-    "DyART step, --search fast": ("dyart", {"search": "fast"}),
+    "DyART step": ("dyart", {"search": "fast"}),
+    "DyART step, --search shared": ("dyart", {"search": SHARED}),
     "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a graph
 }
 
@@ -52,8 +52,8 @@ BASES = {
     "TRADES-10 step": "PGD-10 AT step",
     "N-FGSM step": "PGD-10 AT step",
     "DyART step": "PGD-10 AT step",
-    "passes of a DyART step": "DyART step",
-    "DyART step, --search fast": "PGD-10 AT step",
+    "DyART step, --search shared": "PGD-10 AT step",
+    "its passes, --search shared": "DyART step, --search shared",
     "DyART step, --search fab": "PGD-10 AT step",
 }
 
@@ -124,7 +124,7 @@ def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Cal
     batch = slice(options["batch_size"])
     x, y = workload.x[batch], workload.y[batch]
     arguments = loss_options(resolve({"method": method, "norm": workload.norm, **extra}), method)
-    if name == "DyART step, --search fast" and options["cuda_graphs"]:
+    if name == "DyART step" and options["cuda_graphs"]:
         arguments["graphs"] = CudaGraphs()
     statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -198,7 +198,7 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
         "its passes": passes,
         "search": lambda: search("fast", graphs),
         "search, fab": lambda: search("fab", None),
-        "passes of a DyART step": passes_of_step,
+        "its passes, --search shared": passes_of_step,
     }
     parts |= {name: training_step(workload, name, options) for name in STEPS}
 

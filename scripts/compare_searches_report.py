@@ -22,7 +22,7 @@ from experiment.weights import read_weights
 from storage.files import read_json, write_json
 
 SEARCHES = ("shared", "fast", "fab")
-EPS = ("4", "8")
+EPS = ("4/255", "8/255")
 # What runs must have in common to be compared.
 SAME = ("burn_in", "model", "lambda_robust", "clip_grad", "train_subset", "batch_size", "epochs", "n", "version")
 
@@ -51,7 +51,7 @@ def finished_runs(burn_in: Path, folder: Path, output: Path) -> dict[tuple[str, 
         run = {"search": settings["search"], "seed": settings["seed"], "burn_in": weights}
         run |= {key: {**settings, **record}[key] for key in SAME if key != "burn_in"}
         run |= {"training_seconds": experiment.read_metrics()[-1]["seconds"], "clean": record["clean_accuracy"]}
-        run |= {f"AutoAttack {eps}/255": records[eps]["robust_accuracy"] for eps in EPS}
+        run |= {f"AutoAttack {eps}": records[eps]["robust_accuracy"] for eps in EPS}
         runs[run["search"], run["seed"]] = run
     for key in SAME:
         if len({run[key] for run in runs.values()}) > 1:
@@ -70,7 +70,7 @@ def main() -> int:
     if not runs:
         raise ValueError(f"{folder} has no finished runs; make them with scripts/compare_searches.sh")
 
-    names = ["clean", *(f"AutoAttack {eps}/255" for eps in EPS)]
+    names = ["clean", *(f"AutoAttack {eps}" for eps in EPS)]
     print(f"\n{'':12}{'':>18}{'mean':>8}{'spread':>8}   seeds ({next(iter(runs.values()))['n']} images, accuracy in %)")
     summary = {}
     for search in SEARCHES:

@@ -94,7 +94,7 @@ def generated_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 METHODS = {
     "clean": ["--method", "clean"],
     "dyart": ["--method", "dyart"],
-    "dyart fast": ["--method", "dyart", "--search", "fast"],
+    "dyart shared": ["--method", "dyart", "--search", "shared"],
     "dyart fab": ["--method", "dyart", "--search", "fab", "--search-steps", "3"],
     "dyart L2": ["--method", "dyart", "--norm", "L2", "--scheduler", "cyclic"],
     "at": ["--method", "at", "--attack-iter", "2"],
@@ -288,7 +288,7 @@ def test_what_cannot_change_is_refused(
     flags: list[str], pattern: str, whole: Path, tmp_path: Path, kill: Kill, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with kill.when(lambda number, event: event == "check"):
-        assert killed(*tiny(tmp_path, "--train-subset", "16"))
+        assert killed(*tiny(tmp_path, "--train-subset", "16", "--search", "shared"))
     before = files(tmp_path)
     assert re.search(pattern, refusal(capsys, "--resume", str(tmp_path / "run"), *flags))
     assert files(tmp_path) == before

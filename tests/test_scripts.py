@@ -156,8 +156,8 @@ def test_searches_are_compared_from_one_burn_in_and_run_once(tmp_path):
             with Experiment.create(tmp_path / "runs", f"{search}-{seed}", settings, echo=print) as experiment:
                 experiment.append_metrics({"epoch": 1, "seconds": 2.0})
                 results = Results(experiment.folder / "autoattack")
-                for eps in ("4", "8"):
-                    record = dict.fromkeys(IDENTITY, 0) | {"eps": int(eps) / 255, "eps_text": eps, "n": 256}
+                for eps in ("4/255", "8/255"):
+                    record = dict.fromkeys(IDENTITY, 0) | {"eps": int(eps[0]) / 255, "eps_text": eps, "n": 256}
                     record |= {"test_size": 10000, "clean_accuracy": clean, "robust_accuracy": robust + gain}
                     results.finish(record | {"date": "", "version": "custom", "model": "wrn-28-10-swish"})
     done = report("a.pt")
