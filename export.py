@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     (checkpoint,) = named_checkpoints(folder, [args.checkpoint])
     candidate = load_candidate(checkpoint, args.weights)
     text = claim(candidate.settings, Results(folder / "autoattack").current, candidate.identity, out)
-    write_both(out, dict(candidate.model.state_dict()), text_file, text)
+    # As others expect them, also from a run in channels_last.
+    weights = {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
+    write_both(out, weights, text_file, text)
     print(f"weights  {out}\nclaim    {text_file}")
     return 0
 

@@ -1,5 +1,6 @@
 """The scripts, started from another folder as a user does: what they run, where it goes, and what they refuse."""
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -135,20 +136,27 @@ def test_the_figures_of_two_checkpoints_do_not_mix(tmp_path):
         assert calls(*flags) == [flags]
 
 
-def test_searches_are_compared_from_one_burn_in_and_run_once(tmp_path):
+def test_searches_are_compared_from_one_burn_in_and_run_once(tmp_path, monkeypatch, capsys):
     """Runs from another burn-in are not taken for those of this one; what the results hold is not run again."""
     weights = create_model("wrn-10-1-swish").state_dict()
     for name, changed in (("a.pt", weights), ("b.pt", {**weights, "logits.bias": weights["logits.bias"] + 1})):
         torch.save(changed, tmp_path / name)
     (tmp_path / "runs").mkdir()
 
-    def report(burn_in: str, *seeds: str) -> subprocess.CompletedProcess:
-        script = str(ROOT / "scripts" / "compare_searches_report.py")
-        command = [sys.executable, script, str(tmp_path / burn_in), str(tmp_path / "runs"), str(tmp_path / "out.json")]
-        return subprocess.run([*command, *seeds], capture_output=True, text=True)
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "compare_searches_report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
 
-    assert report("a.pt").stderr.count("\n") == 1  # nothing to show yet
-    assert report("a.pt", "0 7").stdout.split() == [f"{name}-{seed}" for seed in (0, 7) for name in TRAINING]
+    def report(burn_in: str, *seeds: str) -> str:
+        names = [str(tmp_path / name) for name in (burn_in, "runs", "out.json")]
+        monkeypatch.setattr(sys, "argv", ["compare_searches_report.py", *names, *seeds])
+        capsys.readouterr()
+        assert script.main() == 0
+        return capsys.readouterr().out
+
+    with pytest.raises(ValueError, match="no finished runs"):
+        report("a.pt")
+    assert report("a.pt", "0 7").split() == [f"{name}-{seed}" for seed in (0, 7) for name in TRAINING]
     for seed, (clean, robust) in enumerate([(0.5, 0.25), (0.6, 0.25)]):
         for search, gain in (("shared", 0.0625), ("fast", 0.0)):
             settings = resolve({"dataset": "cifar10", "search": search, "seed": seed, "train_subset": 64, "epochs": 1})
@@ -160,20 +168,17 @@ def test_searches_are_compared_from_one_burn_in_and_run_once(tmp_path):
                     record = dict.fromkeys(IDENTITY, 0) | {"eps": int(eps[0]) / 255, "eps_text": eps, "n": 256}
                     record |= {"test_size": 10000, "clean_accuracy": clean, "robust_accuracy": robust + gain}
                     results.finish(record | {"date": "", "version": "custom", "model": "wrn-28-10-swish"})
-    done = report("a.pt")
-    assert done.returncode == 0, done.stderr
-    (row,) = (line for line in done.stdout.splitlines() if line.startswith("shared-fast") and "8/255" in line)
+    (row,) = (line for line in report("a.pt").splitlines() if line.startswith("shared-fast") and "8/255" in line)
     assert row.split()[-4:] == ["+6.2", "0.0", "+6.2", "+6.2"]
     shutil.rmtree(tmp_path / "runs")
     (tmp_path / "runs").mkdir()
-    assert report("a.pt", "0").stdout.split() == ["fab-0"]  # the others are in the results
-    assert report("b.pt", "0").stdout.split() == ["shared-0", "fast-0", "fab-0"]
+    assert report("a.pt", "0").split() == ["fab-0"]  # the others are in the results
+    assert report("b.pt", "0").split() == ["shared-0", "fast-0", "fab-0"]
 
     with Experiment.create(tmp_path / "runs", "fab-0", settings, echo=print):
         pass
-    done = report("b.pt", "0")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"started from {tmp_path / 'a.pt'}, not from {tmp_path / 'b.pt'}" in done.stderr
+    with pytest.raises(ValueError, match="fab-0 started from .*a.pt, not from .*b.pt"):
+        report("b.pt", "0")
 
 
 def test_baselines_without_a_method_are_all_three(script):
