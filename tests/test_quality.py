@@ -38,7 +38,7 @@ def test_the_gradient_of_a_search_is_held_against_the_long_ones(monkeypatch):
         "shared, 1 steps",
         "shared, 3 steps",
     ] + ["fab, 20 steps (released)"]
-    assert rows["reference"]["gradient_norm"] == pytest.approx(1)
+    assert rows["reference"]["gradient_norm"] == pytest.approx(1, abs=1e-5)
     cosines = [rows[name]["gradient_cosine"] for name in ("fast, 1 steps", "fast, 3 steps", "fast, 6 steps")]
     assert cosines == sorted(cosines) and cosines[-1] > 0.95
     assert 0.5 < rows["shared, 1 steps"]["gradient_cosine"] < rows["shared, 3 steps"]["gradient_cosine"] < 1
