@@ -21,6 +21,7 @@ from experiment import flags
 from experiment.checkpoint import write_torch
 from experiment.folder import named_checkpoints
 from experiment.settings import (
+    DECIDING,
     LENGTHS,
     PLACE,
     check_stored,
@@ -178,8 +179,7 @@ def entry(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
 def train_command(settings: Mapping[str, Any]) -> str:
     """The command that resolves to the settings of a run."""
     defaults = resolve({})
-    chosen = ("dataset", "method", "model", "norm", "group_norm", "search", "aux_data_filename", "pretrained")
-    given = {name: settings[name] for name in chosen if settings[name] != defaults[name]}
+    given = {name: settings[name] for name in (*DECIDING, "search") if settings[name] != defaults[name]}
     usual = resolve(given)
     left_out = (*PLACE, *not_taken_by(settings["method"]))
     given |= {name: settings[name] for name in defaults if settings[name] != usual[name] and name not in left_out}

@@ -277,13 +277,14 @@ ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
 PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content")
+# Settings that decide what others are by default; of a search's own there is TRAINING.
+DECIDING = ("dataset", "method", "recipe", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
 # Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
-LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0}
-LATER |= {"recipe": "paper"}
+LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0, "recipe": "paper"}
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
 # What goes with each search in training. The released one ends some 5 % beyond the boundary, the others at it: trained
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
-# trained 5 % beyond them, alike. Points that are cheap to find and would be left out for it serve all the same.
+# trained 5 % beyond them, alike.
 TRAINING = {
     SHARED: {"search_steps": SHARED_STEPS, "overshoot": 0.05, "high_quality": False},
     "fast": {"search_steps": SEARCHES["fast"][1], "overshoot": 0.05, "high_quality": True},
@@ -502,8 +503,7 @@ def check_settings(
 
 def default_name(settings: dict[str, Any]) -> str:
     """dataset-method-model and each setting that differs from the recipe."""
-    fixed = ("dataset", "method", "recipe", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
-    usual = resolve({name: settings[name] for name in fixed}) | TRAINING[settings["search"]]
+    usual = resolve({name: settings[name] for name in DECIDING}) | TRAINING[settings["search"]]
     words = [settings["dataset"], settings["method"], settings["model"]]
     words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]
     words += ["generated"] if settings["aux_data_filename"] else []
