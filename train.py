@@ -68,8 +68,7 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
     if dry_run:
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
-    last = stages_of(settings)[-1]
-    epochs = last.epochs_before + last.epochs
+    epochs = stages_of(settings)[-1].end
     if loaded is not None and loaded.state["progress"]["epoch"] == epochs:
         tqdm.write(f"{folder}: nothing left to do, all {epochs} epochs are finished")
         return 0
@@ -166,7 +165,7 @@ def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> Non
     settings, stages = run.settings, stages_of(run.settings)
     while True:
         last_stage = run.progress.stage == len(stages) - 1
-        while run.progress.epoch < run.stage.epochs_before + run.stage.epochs:
+        while run.progress.epoch < run.stage.end:
             try:
                 train_epoch(run, experiment, signals)
                 check_finite(run, experiment)
@@ -197,7 +196,7 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
     saved = time.monotonic()
     bar = tqdm(
         loader.epoch(progress.epoch, progress.step),
-        desc=f"{stage.name} {progress.epoch + 1}/{stage.epochs_before + stage.epochs}",
+        desc=f"{stage.name} {progress.epoch + 1}/{stage.end}",
         initial=progress.step,
         total=len(loader),
         leave=False,
@@ -331,7 +330,7 @@ def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, las
     if last_stage and score >= progress.best:  # [] at first; of equal ones the latest
         progress.best = score
         experiment.save_best(weights)
-    if not last_stage and progress.epoch == stage.epochs_before + stage.epochs:
+    if not last_stage and progress.epoch == stage.end:
         experiment.save_named("burn_in", weights)
     every = run.settings["save_every"]
     if every and progress.epoch % every == 0:

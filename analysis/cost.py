@@ -20,7 +20,7 @@ from data import DEFAULT_DATA_DIR, balanced_subset, load_data, to_input
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES, SHARED, SHARED_STEPS
-from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin
+from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin, value_and_gradient
 from dyart.modes import batch_norm_momentum, frozen, mixed_precision
 from dyart.projection import NORMS
 from evaluation.candidate import load_candidate, load_test
@@ -160,9 +160,7 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
 
     def input_gradient(rows: Tensor | slice = slice(None)) -> tuple[Tensor, Tensor]:
         with workload.autocast(), frozen(model):
-            pixels = x[rows].requires_grad_(True)
-            value = soft_logit_margin(model(pixels), y[rows])
-            return value.detach(), torch.autograd.grad(value.sum(), pixels)[0].flatten(1)
+            return value_and_gradient(model, x[rows], y[rows])
 
     value, grad = input_gradient(rows)
     flat = x[rows].flatten(1)

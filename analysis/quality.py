@@ -5,6 +5,7 @@ For bench.py.
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.cost import Workload
-from dyart.losses import SHARED, SHARED_STEPS, dyart_loss
-from dyart.margin import SEARCHES, Boundary, approach_boundary, find_boundary, is_locally_closest, soft_logit_margin
+from dyart.losses import SHARED, SHARED_STEPS, clean_loss, dyart_loss
+from dyart.margin import (
+    SEARCHES,
+    Boundary,
+    approach_boundary,
+    find_boundary,
+    is_locally_closest,
+    value_and_gradient,
+)
+from dyart.modes import frozen
 
 REFERENCE_STEPS = 100
 
@@ -52,9 +61,10 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
             found[name].append(boundary.found)
             kept[name].append(is_locally_closest(x, boundary, workload.norm))
             values[name].append(boundary.value)
-    reference, exact = torch.cat(margins["reference"]), _robust_gradient(workload, options, **runs["reference"])
+    gradients = _robust_gradients(workload, options, runs)
+    reference, exact = torch.cat(margins["reference"]), gradients["reference"]
     figures = []
-    for name, arguments in runs.items():
+    for name, gradient in gradients.items():
         margin, is_found = torch.cat(margins[name]), torch.cat(found[name])
         counts = (margin > 0) & (reference > 0)
         ratio = (margin / reference)[counts].double()
@@ -64,7 +74,6 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
             row |= {"ratio_mean": ratio.mean().item(), "ratio_median": ratio.median().item()}
             row |= {"ratio_95": ratio.quantile(0.95).item(), "margin_median": margin[counts].median().item()}
             row["distance_from_boundary"] = torch.cat(values[name])[counts].abs().mean().item()
-        gradient = _robust_gradient(workload, options, **arguments)
         row["gradient_cosine"] = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
         row["gradient_norm"] = (gradient.norm() / exact.norm()).item()
         figures.append(row)
@@ -78,32 +87,27 @@ def _search(
     if search != SHARED:
         return find_boundary(workload.model, x, y, norm=workload.norm, search=search, generator=generator, **arguments)
     boundary = approach_boundary(workload.model, x, y, norm=workload.norm, **arguments)
-    pixels = boundary.x.requires_grad_(True)
-    value = soft_logit_margin(workload.model(pixels), y)
-    (grad,) = torch.autograd.grad(value.sum(), pixels)
-    value = value.detach()
-    return boundary._replace(x=boundary.x.detach(), found=boundary.found & (value < 0), value=value, grad=grad)
+    with frozen(workload.model):
+        value, grad = value_and_gradient(workload.model, boundary.x, y)
+    return boundary._replace(found=boundary.found & (value < 0), value=value, grad=grad.view_as(x))
 
 
-def _robust_gradient(workload: Workload, options: dict[str, Any], **arguments: Any) -> Tensor:
-    """The gradient of the margins' mean on the first batch in the parameters, in train mode, flat."""
+def _robust_gradients(
+    workload: Workload, options: dict[str, Any], runs: dict[str, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """The gradient of the margins' mean on the first batch in the parameters, in train mode, flat; for each search."""
     batch = slice(options["batch_size"])
-    gradients = []
-    for weight in (1.0, 0.0):
+    x, y = workload.x[batch], workload.y[batch]
+
+    def gradient_of(loss_function: Callable[..., tuple[Tensor, Any]], **arguments: Any) -> Tensor:
         model = copy.deepcopy(workload.model)
-        generator = torch.Generator(workload.x.device).manual_seed(options["seed"])
         with workload.autocast():
-            loss, _ = dyart_loss(
-                model,
-                workload.x[batch],
-                workload.y[batch],
-                lambda_robust=weight,
-                alpha=0.0,
-                r0=math.inf,
-                norm=workload.norm,
-                high_quality=False,
-                generator=generator,
-                **arguments,
-            )
-        gradients.append(torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))]))
-    return gradients[0] - gradients[1]
+            loss, _ = loss_function(model, x, y, **arguments)
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, list(model.parameters()))])
+
+    clean, gradients = gradient_of(clean_loss), {}
+    for name, arguments in runs.items():
+        generator = torch.Generator(x.device).manual_seed(options["seed"])
+        objective = {"lambda_robust": 1.0, "alpha": 0.0, "r0": math.inf, "norm": workload.norm, "high_quality": False}
+        gradients[name] = gradient_of(dyart_loss, **objective, generator=generator, **arguments) - clean
+    return gradients

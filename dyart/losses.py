@@ -105,10 +105,7 @@ def adversarial_loss(
     _check(x)
     attack = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "generator": generator}
     x_adv = pgd(model, x, y, objective="ce", start="uniform", **attack)
-    model.train()
-    logits_adv = model(x_adv)
-    loss = F.cross_entropy(logits_adv, y)
-    return loss, _detached(loss=loss, robust_loss=loss, robust_accuracy=_accuracy(logits_adv, y))
+    return _attacked_loss(model, x_adv, y)
 
 
 def n_fgsm_loss(
@@ -151,10 +148,7 @@ def n_fgsm_loss(
     _check(x)
     attack = {"norm": norm, "eps": eps, "step_size": eps, "steps": 1, "generator": generator}
     x_adv = pgd(model, x, y, objective="ce", start="wide", within="box", mode="batch", **attack)
-    model.train()
-    logits_adv = model(x_adv)
-    loss = F.cross_entropy(logits_adv, y)
-    return loss, _detached(loss=loss, robust_loss=loss, robust_accuracy=_accuracy(logits_adv, y))
+    return _attacked_loss(model, x_adv, y)
 
 
 def fgsm_rs_loss(
@@ -193,6 +187,11 @@ def fgsm_rs_loss(
     _check(x)
     attack = {"norm": norm, "eps": eps, "step_size": 1.25 * eps, "steps": 1, "generator": generator}
     x_adv = pgd(model, x, y, objective="ce", start="uniform", mode="batch", **attack)
+    return _attacked_loss(model, x_adv, y)
+
+
+def _attacked_loss(model: nn.Module, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """CE(x') and its metrics."""
     model.train()
     logits_adv = model(x_adv)
     loss = F.cross_entropy(logits_adv, y)

@@ -162,7 +162,7 @@ def find_boundary(
 
     def nearest_points(origin: Tensor, begin: Tensor, labels: Tensor) -> _Nearest:
         def linearize(points: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-            return _linearize(model, points.view(-1, *shape), labels[rows], temperature)
+            return value_and_gradient(model, points.view(-1, *shape), labels[rows], temperature)
 
         def evaluate(points: Tensor, rows: Tensor | slice) -> Tensor:
             return soft_logit_margin(model(points.view(-1, *shape)), labels[rows], temperature)
@@ -195,10 +195,12 @@ def _check_batch(x: Tensor, labels: Tensor) -> None:
         raise ValueError("x must lie in [0, 1]")
 
 
-def _linearize(model: nn.Module, pixels: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Φ (m,) and ∇_x Φ (m, d) at `pixels` (m, ...): one forward and one backward pass through the network."""
+def value_and_gradient(
+    model: nn.Module, pixels: Tensor, labels: Tensor, temperature: float = 5.0
+) -> tuple[Tensor, Tensor]:
+    """Φ (m,) and ∇_x Φ (m, d) at `pixels` (m, ...): one forward and one backward pass through the network as it is."""
     with torch.enable_grad():
-        pixels = pixels.requires_grad_(True)
+        pixels = pixels.detach().requires_grad_(True)
         value = soft_logit_margin(model(pixels), labels, temperature)
         (grad,) = torch.autograd.grad(value.sum(), pixels)
     return value.detach(), grad.flatten(1)
@@ -370,7 +372,7 @@ def approach_boundary(
     rows = torch.arange(len(x), device=x.device) if among is None else among.nonzero()[:, 0]
     if len(rows):
         with frozen(model), torch.no_grad():
-            value, grad = _linearize(model, x.detach()[rows], labels[rows], temperature)
+            value, grad = value_and_gradient(model, x.detach()[rows], labels[rows], temperature)
             steepness = the_norm.dual(grad)
             right = (value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()
             rows, value, grad = rows[right], value[right], grad[right]
@@ -378,7 +380,7 @@ def approach_boundary(
             move, normal = torch.zeros_like(origin), None
             for step in range(steps if len(rows) else 0):
                 if step:
-                    value, grad = _linearize(model, at.view(-1, *x.shape[1:]), labels[rows], temperature)
+                    value, grad = value_and_gradient(model, at.view(-1, *x.shape[1:]), labels[rows], temperature)
                 left = 1 - step / steps
                 move, onto, normal = _turn(origin, move, normal, value, grad, the_norm, left)
                 # The next linearization is taken a little beyond, as in the fast search before it has found a point.

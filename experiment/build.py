@@ -31,6 +31,11 @@ class Stage(NamedTuple):
     batch_size: int
     clip_grad: float | None
 
+    @property
+    def end(self) -> int:
+        """The epochs of the run that are finished when this part is."""
+        return self.epochs_before + self.epochs
+
 
 def stages_of(settings: dict[str, Any]) -> list[Stage]:
     """The burn-in, where there is one, and the method."""

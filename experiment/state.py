@@ -253,10 +253,7 @@ def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
             )
     stages, progress = stages_of(settings), state["progress"]
     index, epoch = progress["stage"], progress["epoch"]
-    if not (
-        0 <= index < len(stages)
-        and stages[index].epochs_before <= epoch <= stages[index].epochs_before + stages[index].epochs
-    ):
+    if not (0 <= index < len(stages) and stages[index].epochs_before <= epoch <= stages[index].end):
         raise FileError(f"{path}: stage {index}, epoch {epoch} is not a place in this run")
 
 

@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
+from experiment.settings import TRAINING
 from experiment.weights import read_weights
 from storage.files import read_json, write_json
 
-SEARCHES = ("shared", "fast", "fab")
+SEARCHES = tuple(TRAINING)
 EPS = ("4/255", "8/255")
 # What runs must have in common to be compared.
 SAME = ("burn_in", "model", "lambda_robust", "clip_grad", "train_subset", "batch_size", "epochs", "n", "version")

@@ -350,12 +350,10 @@ def trained():
 
 
 def robust_gradient(model, x, y, **options):
-    """The gradient of the robust term alone, in train mode as it is trained on, on a copy of the model."""
-    gradients = []
-    for weight in (1.0, 0.0):
-        copied = copy.deepcopy(model).train()
-        gradients.append(gradient(dyart_loss(copied, x, y, lambda_robust=weight, **options)[0], copied))
-    return gradients[0] - gradients[1]
+    """The gradient of the robust term alone, in train mode as it is trained on, on copies of the model."""
+    whole, clean = copy.deepcopy(model), copy.deepcopy(model)
+    loss, _ = dyart_loss(whole, x, y, lambda_robust=1.0, **options)
+    return gradient(loss, whole) - gradient(clean_loss(clean, x, y)[0], clean)
 
 
 # The least cosine with the exact gradient, the least and the most of its norm as a multiple. Measured, by number of
