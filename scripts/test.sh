@@ -6,6 +6,6 @@ make_environment
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-# A process a core, each with one thread: quicker than one process with many.
+# A process a core, each with one thread: quicker than one process with many. The last tests go to whoever is idle.
 export OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest -n auto "$@"
+exec "$PYTHON" -m pytest -n auto --dist worksteal "$@"
