@@ -26,7 +26,7 @@ from evaluation.environment import versions
 from evaluation.results import IDENTITY
 
 ROOT = Path(__file__).parent.parent
-SEVERAL = ["--eps", "128", "255", "--n", "24", "--batch-size", "1", "--checkpoint", "burn_in", "best", "-v", "custom"]
+SEVERAL = ["--eps", "128", "255", "--n", "16", "--batch-size", "1", "--checkpoint", "burn_in", "best", "-v", "custom"]
 SEVERAL += ["--device", "cpu"]
 
 

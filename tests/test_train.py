@@ -55,7 +55,7 @@ def test_dyart_on_digits_withstands_autoattack_where_its_burn_in_does_not(tmp_pa
     assert rows[7]["clean_loss"] < 0.7 * rows[0]["clean_loss"]
     assert rows[-1]["margin_mean"] > rows[8]["margin_mean"] > 0
 
-    attack = "--checkpoint burn_in best --eps 8 --n 20 --batch-size 20 --version custom --device cpu"
+    attack = "--checkpoint burn_in best --eps 8 --n 16 --batch-size 16 --version custom --device cpu"
     script("eval.py", str(folder), *attack.split())
     burn_in, dyart = json.loads((folder / "autoattack.json").read_text())
     assert (burn_in["checkpoint"], dyart["checkpoint"]) == ("burn_in.pt", "best.pt")
