@@ -1,0 +1,96 @@
+"""What training costs in passes through the network, and the runs that a budget buys. For scripts/compare_methods.sh.
+
+A pass is one image through the network: forward 1, backward to the input 1, backward to everything 2, as bench.py
+counts. A budget is a number of clean epochs' worth of passes, 3 an image each. It pays for all of a training, burn-in
+included; evaluation and the choice of a checkpoint cost every method alike and are left out.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+CLEAN = 3.0
+# What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is
+# counted from its metrics (`spent`).
+PLANNED_CORRECT = 0.55
+# The burn-in's share of a budget; that of the short recipe, 4 of some 52 epochs' worth.
+BURN_IN_SHARE = 0.08
+
+# The methods of the comparison: flags of train.py. Attacks of few steps take steps of half of ε (Andriushchenko and
+# Flammarion, 2020); "dyart" is the paper's recipe with today's search, "dyart-released" with the released one.
+METHODS: dict[str, dict[str, Any]] = {
+    "clean": {"method": "clean"},
+    "at-10": {"method": "at", "attack_iter": 10},
+    "at-3": {"method": "at", "attack_iter": 3},
+    "at-2": {"method": "at", "attack_iter": 2},
+    "trades": {"method": "trades", "attack_iter": 10},
+    "mart": {"method": "mart", "attack_iter": 10},
+    "n-fgsm": {"method": "n-fgsm"},
+    "dyart-short": {"method": "dyart", "search": "shared", "search_steps": 1, "lambda_robust": 150, "clip_grad": 3},
+    "dyart": {"method": "dyart", "search": "fast", "search_steps": 6},
+    "dyart-released": {"method": "dyart", "search": "fab", "search_steps": 20},
+}
+LEARNING_RATES = (0.05, 0.1, 0.2)
+LAMBDAS = (75, 150, 300)
+TUNED_LAMBDA = ("dyart-short",)
+
+
+def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORRECT) -> float:
+    """What a training step costs an image of the batch.
+
+    Parameters
+    ----------
+    settings : mapping
+        `method`, and where it has them `attack_iter`, `search` and `search_steps`.
+    correct : float
+        The share of the batch that is classified correctly, which DyART's searches go on with.
+
+    Raises
+    ------
+    ValueError
+        For a method or search whose passes have not been counted.
+    """
+    method, iterations = settings["method"], settings.get("attack_iter", 0)
+    if method == "clean":
+        return CLEAN
+    if method in ("n-fgsm", "fgsm-rs"):
+        return 2 + 3.0
+    if method == "at":
+        return 2 * iterations + 3.0
+    if method == "mart":
+        return 2 * iterations + 6.0
+    if method == "trades":  # whose attack begins with the probabilities at x
+        return 2 * iterations + 7.0
+    steps = settings.get("search_steps") or 0
+    searches = {
+        "shared": 2 * steps * correct,
+        "fast": 2 + 2 * steps * correct,
+        "fab": 3 + 3 * steps,  # which goes on with all images, and looks at each new point
+    }
+    if method != "dyart" or settings.get("search") not in searches:
+        raise ValueError(f"the passes of {method} with search {settings.get('search')!r} have not been counted")
+    return searches[settings["search"]] + 3 * correct + 3
+
+
+def plan(name: str, budget: float) -> dict[str, Any] | None:
+    """The settings of the longest run of a method that a budget pays for; None where it does not buy one epoch."""
+    settings = dict(METHODS[name])
+    burn_in = max(1, round(BURN_IN_SHARE * budget)) if settings["method"] == "dyart" else 0
+    epochs = int((budget - burn_in) * CLEAN / passes_an_image(settings) + 1e-9)
+    return {**settings, "burn_in_epochs": burn_in, "epochs": epochs} if epochs >= 1 else None
+
+
+def spent(settings: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> float:
+    """What a run cost, in clean epochs, from the rows of its metrics.csv: DyART's by the share of found points."""
+    total = 0.0
+    for row in rows:
+        clean = row["stage"] in ("burn-in", "clean")
+        total += CLEAN if clean else passes_an_image(settings, row.get("found") or 0.0)
+    return total / CLEAN
+
+
+def tunings(name: str) -> list[dict[str, Any]]:
+    """What is tried on the middle budget: three peak rates, then for some a λ (at the middle rate)."""
+    tried: list[dict[str, Any]] = [{"lr": rate} for rate in LEARNING_RATES]
+    if name in TUNED_LAMBDA:
+        tried += [{"lr": LEARNING_RATES[1], "lambda_robust": value} for value in LAMBDAS if value != LAMBDAS[1]]
+    return tried

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Which method makes the most robust model for the same cost? Every method spends the same passes through the network,
+# burn-in included: first three peak rates each (and three λ) on the middle budget, chosen on held-out images, then runs
+# over seeds; then AutoAttack, and a table and a picture. A run a core at a time; what is finished is not run again, and
+# what was cut goes on.
+#     bash scripts/compare_methods.sh [--budget "8 20 50"] [--seeds "0 1 2"] [--methods "clean at-10 ..."]
+#         [--dataset cifar10] [--model wrn-10-1-swish] [--eps 8] [--n 500] [--folder experiments/compare-methods]
+#         [--output results/compare-methods.json] [--device cpu|cuda] [--train "MORE FLAGS OF train.py"]
+# Writes --folder, --output and a picture beside that. Tens of hours of a core, with the defaults.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+make_environment
+cd "$ROOT"
+REPORT=("$PYTHON" scripts/compare_methods_report.py "$@")
+"${REPORT[@]}" --todo tuning >/dev/null
+
+# train_and_attack FOLDER FLAGS-OF-TRAIN -- FLAGS-OF-EVAL
+train_and_attack() {
+    local folder="$1" training=()
+    shift
+    while [ "$1" != -- ]; do
+        training+=("$1")
+        shift
+    done
+    shift
+    if [ ! -e "$folder" ]; then
+        "$PYTHON" train.py "${training[@]}" --output-dir "$(dirname "$folder")" --name "$(basename "$folder")"
+    elif ! "$PYTHON" train.py --resume "$folder"; then
+        echo "$folder cannot be gone on with" >&2
+        return 1
+    fi
+    "$PYTHON" eval.py "$folder" "$@"
+}
+export -f train_and_attack
+export PYTHON OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+for part in tuning runs leaders; do
+    "${REPORT[@]}" --todo "$part" | xargs -d '\n' -P "${JOBS:-$(nproc)}" -I{} bash -euc 'train_and_attack {}'
+    "${REPORT[@]}" >/dev/null
+done
+exec "${REPORT[@]}"

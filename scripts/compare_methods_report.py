@@ -1,0 +1,273 @@
+"""For compare_methods.sh: which runs are missing, and what each method made of each budget, as a table and a picture.
+
+python scripts/compare_methods_report.py FLAGS                  the table, also into --output, and the picture beside it
+python scripts/compare_methods_report.py FLAGS --todo PART      for each missing run of tuning, runs or leaders: its
+                                                                folder, the flags of train.py, --, the flags of eval.py
+
+A run is finished where --output or --folder has it. Those that chose a rate or λ are judged on held-out images, by the
+same attack as the others on test images; runs over seeds begin when a method's choice is complete.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from analysis.budget import METHODS, plan, spent, tunings
+from evaluation.results import Results
+from experiment import flags
+from experiment.folder import Experiment
+from storage.files import naming, read_json, replacing, write_json
+
+# Seeds that choose are not among those that are reported.
+TUNING_SEED = 1000
+PARTS = ("tuning", "runs", "leaders")
+# How many methods of each budget are attacked by all of AutoAttack, on how many images.
+LEADERS, LEADERS_N = 3, 1000
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of compare_methods.sh, and --todo."""
+    p = flags.Parser(prog="compare_methods.sh", description=__doc__)
+    p.add_argument("--budget", type=_numbers, default=_numbers("8 20 50"), help="clean epochs' worth of passes")
+    p.add_argument("--seeds", type=_numbers, default=_numbers("0 1 2"), help="seeds of the runs that are reported")
+    p.add_argument("--methods", type=_methods, default=list(METHODS), help=f"some of {', '.join(METHODS)}")
+    p.add_argument("--dataset", default="cifar10", help="as for train.py")
+    p.add_argument("--model", default="wrn-10-1-swish", help="as for train.py")
+    p.add_argument("--eps", default="8", help="radius of the methods' attacks and of AutoAttack, in 1/255; half also")
+    p.add_argument("--n", type=int, default=500, help="images that are attacked")
+    p.add_argument("--folder", type=Path, default=Path("experiments/compare-methods"), help="of the runs")
+    p.add_argument("--output", type=Path, default=Path("results/compare-methods.json"), help="of the figures")
+    p.add_argument("--device", default="cpu", help="as for train.py")
+    p.add_argument("--train", default="", help="more flags of train.py for all runs, as one word")
+    p.add_argument("--todo", choices=PARTS, default=None, help="print what is missing of a part")
+    return p
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split()]
+
+
+def _methods(text: str) -> list[str]:
+    unknown = set(text.split()) - set(METHODS)
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(METHODS)}")
+    return text.split()
+
+
+class Run:
+    """One training of the comparison: what it is called, its flags, and what came of it."""
+
+    def __init__(self, args: argparse.Namespace, method: str, budget: int, seed: int, chosen: dict[str, Any]):
+        self.args, self.tuning = args, seed == TUNING_SEED
+        self.settings = plan(method, budget) or {}
+        self.settings |= chosen
+        self.key = {"method": method, "budget": budget, "seed": seed, "dataset": args.dataset, "model": args.model}
+        self.key |= {"eps": args.eps, "n": args.n, "train": args.train, **chosen}
+        words = [method, f"budget{budget}", *(f"{name}{value}" for name, value in chosen.items()), f"seed{seed}"]
+        self.folder = args.folder / "-".join(words)
+
+    def commands(self, version: str, n: int) -> str:
+        """What compare_methods.sh runs for it."""
+        given = {"dataset": self.args.dataset, "model": self.args.model, "device": self.args.device}
+        given |= {"seed": self.key["seed"], "scheduler": "cyclic", "batch_size": 128, "burn_in_batch_size": 128}
+        given |= {"validation_size": 1000, **self.settings}
+        if self.settings["method"] not in ("clean", "dyart"):
+            given["attack_eps"] = f"{self.args.eps}/255"
+            if 0 < self.settings.get("attack_iter", 10) < 10:
+                given["attack_step"] = f"{float(self.args.eps) / 2:g}/255"
+        train = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        attack = f"--eps {float(self.args.eps) / 2:g} {self.args.eps} --n {n} --version {version}"
+        attack += f" --batch-size 250 --device {self.args.device}"
+        if self.tuning:
+            attack += " --images validation"
+        return f"{self.folder} {train} {self.args.train}".strip() + f" -- {attack}"
+
+    def outcome(self, version: str, n: int) -> dict[str, Any] | None:
+        """Its figures, if the folder holds all of them."""
+        if not (self.folder / "autoattack.json").exists():
+            return None
+        experiment, part = Experiment.open(self.folder), "validation" if self.tuning else "test"
+        found = {}
+        for record in Results(self.folder / "autoattack").current:
+            if (record["version"], record["n"], record.get("part", "test")) == (version, n, part):
+                found[record["eps_text"]] = record
+        half, full = f"{float(self.args.eps) / 2:g}/255", f"{self.args.eps}/255"
+        if not found.keys() >= {half, full}:
+            return None
+        rows = experiment.read_metrics()
+        run = {**self.key, "version": version, "n": n, "clean": found[full]["clean_accuracy"]}
+        run |= {"robust": found[full]["robust_accuracy"], "robust_half": found[half]["robust_accuracy"]}
+        run |= {"clean_epochs_spent": round(spent(experiment.settings, rows), 2), "epochs": len(rows)}
+        return run | {"training_seconds": round(sum(row["seconds"] for row in rows))}
+
+
+class Comparison:
+    """All runs that the flags ask for, with those that are finished."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.known: list[dict[str, Any]] = read_json(args.output)["runs"] if args.output.exists() else []
+        self.middle = sorted(args.budget)[(len(args.budget) - 1) // 2]
+
+    def figures(self, run: Run, version: str = "custom", n: int | None = None) -> dict[str, Any] | None:
+        """What is known of a run; what its folder knows is kept."""
+        key = run.key | {"version": version, "n": n or self.args.n}
+        for known in self.known:
+            if all(known.get(name) == value for name, value in key.items()):
+                return known
+        found = run.outcome(version, key["n"])
+        if found is not None:
+            self.known.append(found)
+        return found
+
+    def tuning(self, method: str) -> list[Run]:
+        """The runs that choose a method's rate and λ; none where the middle budget does not buy an epoch."""
+        if plan(method, self.middle) is None:
+            return []
+        return [Run(self.args, method, self.middle, TUNING_SEED, chosen) for chosen in tunings(method)]
+
+    def chosen(self, method: str) -> dict[str, Any] | None:
+        """The rate and λ of the highest robust, then clean accuracy on held-out images; None while runs are missing."""
+        runs = self.tuning(method)
+        figures = [self.figures(run) for run in runs]
+        if None in figures:
+            return None
+        best: dict[str, Any] = {}
+        # One setting after another: what is not tried in the same row stays as it was found best.
+        for name in ("lr", "lambda_robust"):
+            rows = [
+                (figure["robust"], figure["clean"], figure[name])
+                for figure in figures
+                if name in figure and (name != "lr" or "lambda_robust" not in figure)
+            ]
+            if name == "lambda_robust" and rows:
+                plain = next(f for f in figures if f["lr"] == 0.1 and name not in f)
+                rows.append((plain["robust"], plain["clean"], METHODS[method][name]))
+            if rows:
+                best[name] = max(rows)[2]
+        return best
+
+    def runs(self) -> list[Run]:
+        """The runs that are reported, as far as their settings are chosen: leaders' budgets first to last."""
+        found = []
+        for budget in sorted(self.args.budget):
+            for seed in self.args.seeds:
+                for method in self.args.methods:
+                    chosen = self.chosen(method)
+                    if chosen is not None and plan(method, budget) is not None:
+                        found.append(Run(self.args, method, budget, seed, chosen))
+        return found
+
+    def leaders(self) -> list[Run]:
+        """The runs of the methods that lead a budget by the shorter attack."""
+        found = []
+        for budget in sorted(self.args.budget):
+            runs = [run for run in self.runs() if run.key["budget"] == budget]
+            means = {
+                method: statistics.mean(figures[0]["robust"] for figures in rows)
+                for method in self.args.methods
+                if (rows := [(f,) for run in runs if run.key["method"] == method and (f := self.figures(run))])
+            }
+            best = sorted(means, key=means.__getitem__, reverse=True)[:LEADERS]
+            found += [run for run in runs if run.key["method"] in best]
+        return found
+
+    def todo(self, part: str) -> list[str]:
+        """The commands of the missing runs of a part."""
+        if part == "leaders":
+            return [
+                run.commands("standard", LEADERS_N)
+                for run in self.leaders()
+                if self.figures(run, "standard", LEADERS_N) is None
+            ]
+        runs = self.runs() if part == "runs" else [run for name in self.args.methods for run in self.tuning(name)]
+        return [run.commands("custom", self.args.n) for run in runs if self.figures(run) is None]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row for each budget, method and attack: means and standard deviations over the seeds, in %."""
+        for run in self.leaders():
+            self.figures(run, "standard", LEADERS_N)
+        groups: dict[tuple, list[dict[str, Any]]] = {}
+        for run in self.runs():
+            for version, n in (("custom", self.args.n), ("standard", LEADERS_N)):
+                figures = self.figures(run, version, n)
+                if figures is not None:
+                    groups.setdefault((run.key["budget"], run.key["method"], version, n), []).append(figures)
+        rows = []
+        for (budget, method, version, n), figures in groups.items():
+            row: dict[str, Any] = {"budget": budget, "method": method, "version": version, "n": n}
+            row |= {name: figures[0][name] for name in ("lr", "lambda_robust", "epochs") if name in figures[0]}
+            row["seeds"] = len(figures)
+            for name in ("clean", "robust_half", "robust"):
+                values = [100 * figure[name] for figure in figures]
+                row[name] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None]
+            for name in ("clean_epochs_spent", "training_seconds"):
+                row[name] = statistics.mean(figure[name] for figure in figures)
+            rows.append(row)
+        return sorted(rows, key=lambda row: (row["budget"], row["version"], -row["robust"][0]))
+
+
+def show(rows: list[dict[str, Any]], eps: str) -> None:
+    """The table, the most robust first."""
+    half = f"{float(eps) / 2:g}"
+    head = ["budget", "method", "clean", f"{half}/255", f"{eps}/255", "AutoAttack", "images", "seeds", "spent", "s"]
+    print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
+    for row in rows:
+        cells = [f"{m:.1f}" + (f" ± {sd:.1f}" if sd is not None else "") for m, sd in map(row.get, FIGURES)]
+        cells = [str(row["budget"]), row["method"], *cells, row["version"], str(row["n"]), str(row["seeds"])]
+        print("| " + " | ".join([*cells, f"{row['clean_epochs_spent']:.1f}", f"{row['training_seconds']:.0f}"]) + " |")
+
+
+FIGURES = ("clean", "robust_half", "robust")
+
+
+def draw(rows: list[dict[str, Any]], eps: str, path: Path) -> None:
+    """Robust over clean accuracy, a curve a budget, and robust accuracy over cost, a curve a method."""
+    figure, (trade, cost) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    rows = [row for row in rows if row["version"] == "custom"]
+    for budget in sorted({row["budget"] for row in rows}):
+        points = sorted((row["clean"][0], row["robust"][0], row["method"]) for row in rows if row["budget"] == budget)
+        trade.plot(*zip(*[point[:2] for point in points], strict=True), "o", label=f"{budget} clean epochs' worth")
+        for clean, robust, method in points:
+            trade.annotate(method, (clean, robust), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    trade.set(xlabel="clean accuracy [%]", ylabel=f"AutoAttack {eps}/255 [%]")
+    for method in METHODS:
+        points = sorted((row["clean_epochs_spent"], *row["robust"]) for row in rows if row["method"] == method)
+        if points:
+            at, mean, spread = zip(*points, strict=True)
+            cost.errorbar(at, mean, [value or 0 for value in spread], marker="o", capsize=2, label=method)
+    cost.set(xlabel="cost [clean epochs]", ylabel=f"AutoAttack {eps}/255 [%]", xscale="log")
+    trade.legend(fontsize=7)
+    cost.legend(fontsize=7)
+    with naming("write", path), replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def main() -> int:
+    """Print what is missing, or print, write and draw what there is."""
+    args = build_parser().parse_args()
+    comparison = Comparison(args)
+    if args.todo:
+        print("".join(f"{line}\n" for line in comparison.todo(args.todo)), end="")
+        return 0
+    rows = comparison.table()
+    for method in args.methods:  # what chose is kept as well
+        comparison.chosen(method)
+    write_json(args.output, {"table": rows, "runs": comparison.known})
+    show(rows, args.eps)
+    if rows:
+        draw(rows, args.eps, args.output.with_suffix(".png"))
+    print(f"figures in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    flags.run(main)
