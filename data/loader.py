@@ -135,7 +135,7 @@ class Loader:
     def _begin_to_read(self, rng: np.random.Generator, readers: Readers) -> list["Future[Split]"]:
         """Draw the auxiliary rows of a batch, and hand them over to be read, a piece for each reader."""
         drawn = rng.integers(len(self.auxiliary), size=self.auxiliary_rows)
-        pieces = np.array_split(drawn, min(READERS, self.auxiliary_rows))
+        pieces = np.array_split(drawn, max(1, min(READERS, len(drawn))))
         return [readers.submit(partial(self.auxiliary.rows, piece)) for piece in pieces]
 
     def _batch(
