@@ -13,16 +13,19 @@ usage() {
 }
 DATA="" DEVICE=cuda OUTPUT="$ROOT/experiments/check-gpu-$(date +%Y%m%d-%H%M%S)" PARTS="" LIMIT=480
 while [ $# -gt 0 ]; do
-    case "$1" in
-        --device) DEVICE="${2:?$(usage)}" && shift ;;
-        --output) OUTPUT="$(realpath -m "${2:?$(usage)}")" && shift ;;
-        --parts) PARTS="${2:?$(usage)}" && shift ;;
-        --limit) LIMIT="${2:?$(usage)}" && shift ;;
+    case "$1 $#" in
+        --*" 1") usage ;;
+        "--device "*) DEVICE="$2" ;;
+        "--output "*) OUTPUT="$(realpath -m "$2")" ;;
+        "--parts "*) PARTS="$2" ;;
+        "--limit "*) LIMIT="$2" ;;
         -*) usage ;;
         *) [ -z "$DATA" ] && DATA="$(realpath -m "$1")" || usage ;;
     esac
+    [[ "$1" != --* ]] || shift
     shift
 done
+[[ "$LIMIT" =~ ^[1-9][0-9]*$ ]] || usage
 if [ -n "$DATA" ] && [ ! -e "$DATA/cifar-10/train.npz" ]; then
     echo "$DATA: no cifar-10/train.npz in it, which train.py --data-dir $DATA makes" >&2
     exit 2
@@ -36,19 +39,22 @@ IMAGES="--dataset digits"
 [ -z "$DATA" ] || IMAGES="--dataset cifar10 --data-dir $DATA"
 if [ "${DEVICE%%:*}" = cpu ]; then
     BENCH="--smoke"
-    TRAINING="--model wrn-10-1-swish --train-subset 32 --batch-size 16 --burn-in-batch-size 16 --validation-size 8"
-    SYNC="" EVALUATED=4
+    TRAINING="--model wrn-10-1-swish --train-subset 256 --batch-size 16 --burn-in-batch-size 16 --validation-size 16"
+    SYNC="" EVALUATED=8 SLOWER=3
 else
     BENCH="$IMAGES --model wrn-28-10-swish --batch-size 64 --rounds 1 --examples 0"
     TRAINING="--model wrn-28-10-swish --train-subset 1024 --batch-size 128 --burn-in-batch-size 128 --validation-size 64"
-    SYNC="--sync-batch-norm" EVALUATED=32
+    SYNC="--sync-batch-norm" EVALUATED=32 SLOWER=1
 fi
 TRAINING="$IMAGES $TRAINING --burn-in-epochs 1 --epochs 2 --scheduler cyclic --validation-attack-iter 5"
 export DATA DEVICE OUTPUT IMAGES BENCH TRAINING SYNC EVALUATED PYTHON ROOT DYART_TEST_DEVICE="$DEVICE"
 
 # --- The parts: each a function, in a shell of its own that stops at the first command that fails ---------------------
 
-tests() { "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$OUTPUT/tests/junit.xml" tests/test_gpu.py tests/test_graphs.py; }
+tests() {
+    "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml "$OUTPUT/tests/junit.xml" \
+        tests/test_gpu.py tests/test_graphs.py
+}
 
 bench() { # NAME OF THE PART, FLAGS
     "$PYTHON" bench.py $BENCH --device "$DEVICE" --output "$OUTPUT/$1/bench.json" "${@:2}"
@@ -81,7 +87,7 @@ export -f tests bench training torchrun evaluation
 
 # part NAME SECONDS COMMAND...: runs it, if it is wanted, and writes down how it ended.
 part() {
-    local name="$1" limit="$(($2 < LIMIT ? $2 : LIMIT))" status=0 started=$SECONDS
+    local name="$1" limit="$(($2 * SLOWER < LIMIT ? $2 * SLOWER : LIMIT))" status=0 started=$SECONDS
     [[ -z "$PARTS" || " $PARTS " == *" $name "* ]] || return 0
     mkdir -p "$OUTPUT/$name"
     echo "$name (at most $limit s)"
@@ -94,7 +100,7 @@ part() {
 running=""
 trap '[ -z "$running" ] || kill "$running"; exit 130' INT TERM
 
-# --- What is run; 450 seconds in all, and 2 more a part where it does not end by itself -------------------------------
+# --- What is run, for how many seconds at most: 450 in all, and 2 a part where one has to be killed (a CPU: thrice) -----
 
 cd "$ROOT"
 part tests 50 tests

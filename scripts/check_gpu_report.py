@@ -58,8 +58,8 @@ def torchrun(folder: Path) -> dict[str, Any]:
 
 def epochs(run: Path) -> dict[str, Any]:
     """Seconds, memory and validation of each epoch of a run."""
-    names = ("stage", "loss", "seconds", "peak_memory_mib", "val_clean", "val_robust")
-    return {"epochs": [{name: row[name] for name in names} for row in metrics(run)]}
+    names = ("loss", "seconds", "peak_memory_mib", "val_clean", "val_robust")
+    return {"epochs": [{"stage": row["stage"]} | {name: float(row[name]) for name in names} for row in metrics(run)]}
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
@@ -69,7 +69,7 @@ def metrics(run: Path) -> list[dict[str, str]]:
 
 
 def difference(folder: Path, one: str, other: str) -> float:
-    """Of the loss of two runs, the largest relative difference in an epoch. Raises ValueError where epochs are amiss."""
+    """Of two runs' losses, the largest relative difference in an epoch. Raises ValueError where epochs are missing."""
     rows, others = metrics(folder / one), metrics(folder / other)
     if [row["epoch"] for row in rows] != [row["epoch"] for row in others]:
         raise ValueError(f"{one} and {other} have not the same epochs")

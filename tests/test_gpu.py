@@ -1,4 +1,4 @@
-"""What training does on a GPU: layouts, precisions, compilation, copies. For scripts/check_gpu.sh, and on a CPU as well.
+"""What training does on a GPU, and on a CPU: layouts, precisions, compilation, copies. For scripts/check_gpu.sh.
 
 DYART_TEST_DEVICE names the device; without it, a GPU where there is one. (True captures of graphs: test_graphs.py.)
 """
@@ -27,8 +27,7 @@ LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 def subject(monkeypatch) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
     """A network that is right, and sure, about all but one of its images, on the device."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # for matrix products it is off by itself
     torch.manual_seed(0)
     model = create_model("wrn-10-1-swish", mean=[0.5] * 3, std=[0.25] * 3)
     x = torch.rand(16, 3, 16, 16)
