@@ -39,7 +39,7 @@ IMAGES="--dataset digits"
 [ -z "$DATA" ] || IMAGES="--dataset cifar10 --data-dir $DATA"
 if [ "${DEVICE%%:*}" = cpu ]; then
     BENCH="--smoke"
-    TRAINING="--model wrn-10-1-swish --train-subset 256 --batch-size 16 --burn-in-batch-size 16 --validation-size 16"
+    TRAINING="--model wrn-10-1-swish --train-subset 128 --batch-size 16 --burn-in-batch-size 16 --validation-size 16"
     SYNC="" EVALUATED=8 SLOWER=3
 else
     BENCH="$IMAGES --model wrn-28-10-swish --batch-size 64 --rounds 1 --examples 0"

@@ -45,7 +45,7 @@ def parts_of(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
-    body = '*pytest*) sleep 60 ;;\n*bench.py*--amp*) trap "" TERM; sleep 60 ;;\n'
+    body = '*"-m pytest"*) sleep 60 ;;\n*bench.py*--amp*) trap "" TERM; sleep 60 ;;\n'
     body += "*bench.py*) echo Traceback; echo out of memory >&2; exit 1 ;;\n*eval.py*) exit 0 ;;\n*) exit 3 ;;"
     started = time.monotonic()
     done = check(stand_in(tmp_path / "root", body), "--output", str(tmp_path / "out"), "--limit", "1")
@@ -62,7 +62,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_next(tmp_path):
 
 
 def test_ctrl_c_ends_it_with_what_it_runs(tmp_path):
-    script = stand_in(tmp_path / "root", f'*pytest*) echo $$ >"{tmp_path}/pid"; exec sleep 60 ;;\n*) exit 3 ;;')
+    script = stand_in(tmp_path / "root", f'*"-m pytest"*) echo $$ >"{tmp_path}/pid"; exec sleep 60 ;;\n*) exit 3 ;;')
     process = subprocess.Popen(["bash", script, "--device", "cpu", "--output", tmp_path / "out"])
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         time.sleep(0.01)
