@@ -55,8 +55,11 @@ def build_parser() -> flags.Parser:
     g.add_argument("--version", "-v", choices=list(VERSIONS), default="standard", help="custom leaves Square out")
     g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
-    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
-    g.add_argument("--jobs", type=positive, default=1, help="evaluations at a time, which share the cores")
+    usual = ["cuda" if torch.cuda.is_available() else "cpu"]
+    g.add_argument("--device", nargs="+", default=usual, help="cpu, cuda, or several: cuda:0 cuda:1 ...")
+    g.add_argument(
+        "--jobs", type=positive, default=None, help="processes, which share cores and devices (one a device)"
+    )
     flags.add_switch(g, "--again", default=False, help="evaluate also what is finished, and replace its record")
     flags.add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
@@ -93,9 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = vars(parser.parse_args(argv))
     targets = [text for text in (args.pop("target_flag"), args.pop("target")) if text is not None]
+    if not targets and len(args["device"]) > 1:  # as when it took one device: --device cpu FOLDER
+        targets.append(args["device"].pop())
     if len(targets) != 1:
         parser.error("expected one FOLDER or FILE, before the flags that take several values")
     again = args.pop("again")
+    args["jobs"] = args["jobs"] or len(args["device"])
     if args.pop("dry_run"):
         norm = args["norm"] or norm_of(settings_of(Path(targets[0]), args["weights"]))
         texts = [radius.text for radius in radii(args["eps"], norm)]
@@ -103,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
 
-    device = flags.device(args["device"])
+    devices = [flags.device(name) for name in args["device"]]
+    if args["jobs"] < len(devices):
+        raise ValueError(f"--jobs {args['jobs']}: fewer than the {len(devices)} devices, of which each takes one")
     make_reproducible()
     output_dir = None if args["output_dir"] is None else Path(args["output_dir"])
     with open_place(Path(targets[0]), args["checkpoint"], output_dir) as (paths, results, log, origin):
@@ -136,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
                     results.take_up(known)
                     log(f"{summary(known)}, as evaluated before (--again to do it again)")
         try:
-            for record in evaluate_all(tasks, args["jobs"], results, device, log):
+            for record in evaluate_all(tasks, args["jobs"], results, devices, log):
                 log(summary(record))
         except KeyboardInterrupt:
             log("interrupted; the same command goes on after the last finished batch")

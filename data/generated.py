@@ -44,22 +44,36 @@ class Auxiliary:
         self.offset = offset  # bytes of the file before the first image
         self.image_shape = tuple(image_shape)
         self.labels = labels
-        self._file = os.open(self.path, os.O_RDONLY)
+        with naming("read", self.path):
+            self._file = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)  # open as long as this object lives
+        self._status = _status(os.fstat(self._file))
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
 
     def rows(self, index: np.ndarray) -> Split:
-        """Read the images and labels at `index` (n,), in that order. Raises DataFileError if the file has shrunk."""
+        """Read the images and labels at `index` (n,), in that order; for several threads at a time.
+
+        Raises FileError if the file cannot be read, is gone, or is no longer the one that was opened.
+        """
         images = np.empty((len(index), *self.image_shape), np.uint8)
         size = images[0].nbytes if len(index) else 0
-        for position in np.argsort(index):  # in the order of the file, which disks prefer
-            at = self.offset + int(index[position]) * size
-            if os.preadv(self._file, [images[position]], at) != size:
-                raise DataFileError(f"{self.path}: no longer holds image {index[position]}: was it changed?")
+        with naming("read", self.path):
+            for position in np.argsort(index):  # in the order of the file, which disks prefer
+                at = self.offset + int(index[position]) * size
+                if os.preadv(self._file, [images[position]], at) != size:
+                    raise DataFileError(f"{self.path}: no longer holds image {index[position]}: was it changed?")
+            # Afterwards, so that nothing is trained on that was changed before it was read.
+            if _status(os.stat(self.path)) != self._status:
+                raise DataFileError(f"{self.path}: was replaced or changed since it was opened")
         return Split(torch.from_numpy(images), torch.from_numpy(self.labels[index].astype(np.int64)))
+
+
+def _status(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to, or another one takes its name."""
+    return status.st_size, status.st_mtime_ns
 
 
 def load_auxiliary(

@@ -1,17 +1,23 @@
-"""From uint8 images to training batches: splits, subsets, and a loader without state or workers."""
+"""From uint8 images to training batches: splits, subsets, and a loader without state that reads ahead."""
 
+import contextlib
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.ahead import Readers, ahead
 from data.files import Split
 from data.generated import Auxiliary
 
 PADDING = 4  # of the random crop, in pixels
+READERS = 16  # threads that read generated images: a network's file system answers many at a time
+BATCHES_AHEAD = 2  # whose generated images are read while a step runs
 
 
 def random_generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> np.random.Generator:
@@ -50,7 +56,8 @@ class Loader:
     An epoch is one pass over the shuffled training set, in ceil(len(train) / batch_size) steps with a smaller last
     batch. With auxiliary data, or a `steps_per_epoch` of one's own, every batch is full: round(batch_size *
     auxiliary_fraction) auxiliary rows, drawn uniformly, after those from the training set, which is shuffled again
-    where it comes to its end.
+    where it comes to its end. Auxiliary rows are read by threads, for the batches after the one that is handed out; on
+    a GPU they are copied from pinned memory while the step before is computed.
 
     Raises ValueError for a batch size or number of steps below 1, and a fraction outside [0,1].
     """
@@ -95,26 +102,68 @@ class Loader:
         """Yield the batches of epoch number `epoch`, from step `start_step` on."""
         generators = (random_generator(self.seed, "order", epoch, i) for i in range(self.passes))
         order = np.concatenate([generator.permutation(len(self.labels)) for generator in generators])
-        for step in range(start_step, self.steps):
-            yield self._batch(
-                order[step * self.train_rows : (step + 1) * self.train_rows],
-                random_generator(self.seed, "batch", epoch, step),
-            )
+        steps = range(start_step, self.steps)
+        rows = (order[step * self.train_rows : (step + 1) * self.train_rows] for step in steps)
+        with contextlib.closing(self._auxiliary_parts(epoch, steps)) as parts:
+            for batch_rows, (rng, extra) in zip(rows, parts, strict=True):
+                yield self._batch(batch_rows, rng, extra)
 
-    def _batch(self, rows: np.ndarray, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    def _auxiliary_parts(self, epoch: int, steps: range) -> Iterator[tuple[np.random.Generator, Split | None]]:
+        """Each step's generator, from which its auxiliary rows have been drawn, and these on `device`, or None."""
+        generators = (random_generator(self.seed, "batch", epoch, step) for step in steps)
+        if not self.auxiliary_rows:
+            yield from ((rng, None) for rng in generators)
+            return
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.Stream(self.device) if on_gpu else None
+        with Readers(min(READERS, self.auxiliary_rows)) as readers:
+            begun = ((rng, self._begin_to_read(rng, readers)) for rng in generators)
+            read = ((rng, _joined(pieces)) for rng, pieces in ahead(begun, BATCHES_AHEAD))
+            if not on_gpu:
+                yield from read
+                return
+            # The copy of the next batch is under way when this one is handed out; only this thread calls CUDA, since
+            # no other one may while it captures a graph.
+            copied = ((rng, *_begin_to_copy(extra, stream)) for rng, extra in read)
+            for rng, extra, arrived in ahead(copied, 1):
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(arrived)
+                for tensor in extra:
+                    tensor.record_stream(current)
+                yield rng, extra
+
+    def _begin_to_read(self, rng: np.random.Generator, readers: Readers) -> list["Future[Split]"]:
+        """Draw the auxiliary rows of a batch, and hand them over to be read, a piece for each reader."""
+        drawn = rng.integers(len(self.auxiliary), size=self.auxiliary_rows)
+        pieces = np.array_split(drawn, max(1, min(READERS, len(drawn))))
+        return [readers.submit(partial(self.auxiliary.rows, piece)) for piece in pieces]
+
+    def _batch(
+        self, rows: np.ndarray, rng: np.random.Generator, extra: Split | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.from_numpy(rows).to(self.device)
         images, labels = self.images[index], self.labels[index]
-        if self.auxiliary_rows:
-            drawn = rng.integers(len(self.auxiliary), size=self.auxiliary_rows)
-            extra = self.auxiliary.rows(drawn)
-            images = torch.cat([images, extra.images.to(self.device)])
-            labels = torch.cat([labels, extra.labels.to(self.device)])
+        if extra is not None:
+            images, labels = torch.cat([images, extra.images]), torch.cat([labels, extra.labels])
         if self.augment:
             n = len(labels)
             top, left = torch.from_numpy(rng.integers(2 * PADDING + 1, size=(2, n))).to(self.device)
             flip = torch.from_numpy(rng.random(n) < 0.5).to(self.device)
             images = crop_and_flip(images, top, left, flip)
         return to_input(images), labels
+
+
+def _joined(pieces: Sequence["Future[Split]"]) -> Split:
+    """The pieces of a batch as one, when they have been read."""
+    images, labels = zip(*(piece.result() for piece in pieces), strict=True)
+    return Split(torch.cat(images), torch.cat(labels))
+
+
+def _begin_to_copy(split: Split, stream: torch.cuda.Stream) -> tuple[Split, torch.cuda.Event]:
+    """Let `stream` copy to its GPU: the copies, and the event after which they are there."""
+    with torch.cuda.stream(stream):
+        copies = Split(*(tensor.pin_memory().to(stream.device, non_blocking=True) for tensor in split))
+        return copies, stream.record_event()
 
 
 def first_examples(split: Split, n: int, seed: int) -> Split:

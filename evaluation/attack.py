@@ -1,7 +1,7 @@
 """AutoAttack (Croce & Hein, 2020), a batch at a time: it can be cut anywhere, and goes on to the same figures.
 
 For evaluation/jobs.py. Every batch of every attack is one call, seeded by itself, on the images that the attacks before
-have left: the same calls as AutoAttack makes in one go. After each, the record is saved.
+have left: the same calls as AutoAttack makes in one go, whichever process makes them. After each, the record is saved.
 
 pyautoattack's own state file cannot serve for that. Version 0.2.0 writes the set of attacks as a string, which never
 equals the set that it is compared with, so that restoring always fails; and it would regroup the images of a half-done
@@ -13,9 +13,9 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from pyautoattack import AutoAttack
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data import DATASETS, Split, to_input
 from evaluation.environment import device_name, versions
+from evaluation.results import Results
 from models.outputs import finite_outputs
 from storage.files import FileError
 
@@ -45,97 +46,214 @@ def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int, num_classe
     return attack
 
 
-class Keeper(Protocol):
-    """Who keeps the record of an evaluation: `Results`, or in another process than its the way there."""
+class Batch(NamedTuple):
+    """Images of an evaluation for one call of an attack, by their rows; without attack, for the clean accuracy."""
 
-    unfinished_path: Path
+    attack: str | None
+    number: int
+    rows: list[int]
 
-    def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None: ...
-    def save(self, record: dict[str, Any]) -> None: ...
-    def finish(self, record: dict[str, Any]) -> None: ...
+
+class Found(NamedTuple):
+    """What such a call found: the rows that are not classified right, what AutoAttack warned of, the seconds."""
+
+    broken: list[int]
+    warnings: list[str]
+    seconds: float
+
+
+class Attacker:
+    """The model and the images of an evaluation on a device: called on a `Batch`, it gives what is `Found`.
+
+    Raises ValueError where an output of the model is not finite.
+    """
+
+    def __init__(self, model: nn.Module, test: Split, identity: Mapping[str, Any], device: torch.device):
+        self.model, self.test, self.device, self.name = model.to(device), test, device, _name(identity)
+        self.autoattack = autoattack(
+            self.model,
+            norm=identity["norm"],
+            eps=identity["eps"],
+            seed=identity["seed"],
+            num_classes=DATASETS[identity["dataset"]].num_classes,
+            device=device,
+        )
+
+    def __call__(self, batch: Batch) -> Found:
+        started = time.monotonic()
+        x, y = to_input(self.test.images[batch.rows]).to(self.device), self.test.labels[batch.rows].to(self.device)
+        with finite_outputs(self.model, self.name), _warnings(self.autoattack.logger) as warned:
+            if batch.attack is None:
+                with torch.no_grad():
+                    predicted = self.model(x).argmax(dim=1)
+            else:
+                self.autoattack.attacks_to_run = [batch.attack]
+                _, predicted = self.autoattack.run_standard_evaluation(x, y, batch_size=len(y))
+            broken = (predicted != y).nonzero().flatten().tolist()
+        return Found([batch.rows[index] for index in broken], warned, time.monotonic() - started)
+
+
+class Evaluation:
+    """An evaluation from batch to batch: which are next, what was found, and the record that is kept of it.
+
+    The batches of an attack may be answered in any order, by whomever; they are written down in their own order, so
+    that the record, finished or not, is the one that a single process writes. A context, at whose end the progress bar
+    goes. Raises FileError where what an interrupted evaluation left is damaged.
+    """
+
+    def __init__(
+        self,
+        test: Split,
+        identity: dict[str, Any],
+        results: Results,
+        devices: Iterable[torch.device],
+        log: Callable[[str], Any],
+        bar_position: int | None = None,
+    ):
+        self.identity, self.results, self.log, self.bar_position = identity, results, log, bar_position
+        self.name, self.attacks, self.finished = _name(identity), VERSIONS[identity["version"]], False
+        self.test_size = len(test.labels)
+        kinds = sorted({device_name(device) for device in devices})
+        self.environment = {"device": ", ".join(kinds), "versions": versions()}
+        self.bar: tqdm | None = None
+        self.record = _left_over(identity, self.environment, results, lambda message: log(f"{self.name}: {message}"))
+        self._begin_attack()
+
+    def __enter__(self) -> "Evaluation":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def tick(self, *_: Any) -> None:
+        """Keep the clock of the progress bar going; a batch can take minutes."""
+        if self.bar is not None:
+            self.bar.update(0)
+
+    def next_batch(self) -> Batch | None:
+        """A batch that nobody has yet; None where others have to be answered first, or all are."""
+        if self._handed_out == len(self._batches):
+            return None
+        self._handed_out += 1
+        return Batch(self._attack, self._handed_out - 1, self._batches[self._handed_out - 1])
+
+    def add(self, batch: Batch, found: Found) -> None:
+        """Take what a batch has found."""
+        self._found[batch.number] = found
+        while (found := self._found.pop(self._written, None)) is not None:
+            self._write_down(found)
+        if self._written == len(self._batches):
+            self._end_attack()
+
+    def _begin_attack(self) -> None:
+        """The batches of the next attack, of which an interrupted evaluation may have left some done."""
+        record, n = self.record, self.identity["n"]
+        if record is None:
+            self._attack, standing, self._written, self._broken = None, torch.arange(n), 0, []
+        else:
+            self._attack = next(name for name in self.attacks if name not in record["robust_accuracy_after"])
+            standing = torch.tensor([flag == "1" for flag in record["robust"]]).nonzero().flatten()
+            self._written = record["batches"]
+            record["seconds"].setdefault(self._attack, 0.0)
+        # The same batches as AutoAttack makes of the images that are left.
+        self._batches = [rows.tolist() for rows in standing.split(self.identity["batch_size"])] if len(standing) else []
+        self._handed_out, self._found = self._written, {}
+        kind = {"unit": "batch", "leave": False, "position": self.bar_position, "miniters": 0, "mininterval": 1}
+        about = f"{self.name} {self._attack or 'clean'}"
+        self.bar = tqdm(total=len(self._batches), initial=self._written, desc=about, **kind)
+        if self._written == len(self._batches):
+            self._end_attack()
+
+    def _write_down(self, found: Found) -> None:
+        """The next batch's findings, in the record and on disk."""
+        self._written += 1
+        self.bar.update()
+        if self._attack is None:
+            self._broken += found.broken
+            return
+        record = self.record
+        kinds = set(map(_kind, record["warnings"]))
+        for message in found.warnings:
+            if _kind(message) not in kinds:
+                self._warn(message)
+        record["broken"] += found.broken
+        record["batches"] += 1
+        record["seconds"][self._attack] += found.seconds
+        self.results.save(record)
+        standing = record["robust"].count("1") - len(record["broken"])
+        self.bar.set_postfix_str(f"robust {standing / record['n']:.2%}")
+
+    def _end_attack(self) -> None:
+        """The accuracy under an attack that is done; then the next attack, or the end."""
+        self.bar.close()
+        record, n, attack = self.record, self.identity["n"], self._attack
+        if attack is None:
+            correct = torch.ones(n, dtype=torch.bool)
+            correct[self._broken] = False
+            record = {**self.identity, "test_size": self.test_size, "clean_accuracy": correct.sum().item() / n}
+            record |= {"robust_accuracy_after": {}, "seconds": {}, "warnings": [], **self.environment}
+            record |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_progress(correct)}
+            self.record = record
+            self.results.save(record)
+            self.log(f"{self.name}: clean accuracy {record['clean_accuracy']:.2%} of {n} images")
+        else:
+            robust = torch.tensor([flag == "1" for flag in record["robust"]])
+            robust[record["broken"]] = False
+            accuracy = robust.sum().item() / n
+            record |= _progress(robust)
+            record["robust_accuracy_after"][attack] = accuracy
+            if attack != self.attacks[-1]:
+                self.results.save(record)
+            self.log(f"{self.name}: {accuracy:.2%} robust after {attack} ({record['seconds'][attack]:.1f} s)")
+        if attack != self.attacks[-1]:
+            self._begin_attack()
+            return
+        logger = logging.getLogger(__name__)
+        with _warnings(logger) as warned:
+            check_square_sr({"clean": record["clean_accuracy"], **record["robust_accuracy_after"]}, logger=logger)
+        for message in warned:
+            self._warn(message)
+        for key in _progress(robust):
+            del record[key]
+        record["robust_accuracy"] = record["robust_accuracy_after"][attack]
+        self.results.finish(record)
+        self.finished = True
+
+    def _warn(self, message: str) -> None:
+        self.record["warnings"].append(message)
+        self.log(f"warning of AutoAttack: {message}")
 
 
 def evaluate(
     model: nn.Module,
     test: Split,
     identity: dict[str, Any],
-    results: Keeper,
+    results: Results,
     device: torch.device,
     log: Callable[[str], Any],
-    bar_position: int | None = None,
 ) -> dict[str, Any]:
     """Attack the first images of `test`, going on where an interrupted evaluation stopped; returns the record.
 
-    bar_position: on which line of the terminal the progress bar stands, where others stand too. Raises FileError where
-    what an interrupted evaluation left is damaged, and ValueError where an output of the model is not finite.
+    Raises FileError where what an interrupted evaluation left is damaged, and ValueError where an output of the model
+    is not finite.
     """
-    n, batch_size, attacks = identity["n"], identity["batch_size"], VERSIONS[identity["version"]]
-    name = f"{identity['checkpoint']} {identity['norm']} {identity['eps_text']}"
-    model = model.to(device)
+    attacker = Attacker(model, test, identity, device)
+    with (
+        Evaluation(test, identity, results, [device], log) as evaluation,
+        attacker.model.register_forward_hook(evaluation.tick),
+    ):
+        while (batch := evaluation.next_batch()) is not None:
+            evaluation.add(batch, attacker(batch))
+        return evaluation.record
 
-    def batch(rows: Tensor) -> tuple[Tensor, Tensor]:
-        return to_input(test.images[rows]).to(device), test.labels[rows].to(device)
 
-    environment = {"device": device_name(device), "versions": versions()}
-    record = _left_over(identity, environment, results, lambda message: log(f"{name}: {message}"))
-    if record is None:
-        with finite_outputs(model, name):
-            correct = torch.cat([_is_correct(model, *batch(rows)) for rows in torch.arange(n).split(batch_size)])
-        record = {**identity, "test_size": len(test.labels), "clean_accuracy": correct.sum().item() / n}
-        record |= {"robust_accuracy_after": {}, "seconds": {}, "warnings": [], **environment}
-        record |= {"date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **_progress(correct)}
-        results.save(record)
-        log(f"{name}: clean accuracy {record['clean_accuracy']:.2%} of {n} images")
-
-    attacker = autoattack(
-        model,
-        norm=identity["norm"],
-        eps=identity["eps"],
-        seed=identity["seed"],
-        num_classes=DATASETS[identity["dataset"]].num_classes,
-        device=device,
-    )
-    for attack in attacks:
-        if attack in record["robust_accuracy_after"]:
-            continue
-        robust = torch.tensor([flag == "1" for flag in record["robust"]])
-        standing = robust.nonzero().flatten()
-        batches = standing.split(batch_size) if len(standing) else ()
-        attacker.attacks_to_run = [attack]
-        record["seconds"].setdefault(attack, 0.0)
-        with (
-            _bar(f"{name} {attack}", batches, record["batches"], model, bar_position) as bar,
-            _warnings(record, attacker.logger, log),
-            finite_outputs(model, name),
-        ):
-            for rows in batches[record["batches"] :]:
-                bar.set_postfix_str(f"robust {(robust.sum().item() - len(record['broken'])) / n:.2%}")
-                started = time.monotonic()
-                x, y = batch(rows)
-                _, predicted = attacker.run_standard_evaluation(x, y, batch_size=len(rows))
-                record["broken"] += rows[(predicted != y).cpu()].tolist()
-                record["batches"] += 1
-                record["seconds"][attack] += time.monotonic() - started
-                results.save(record)
-                bar.update()
-        robust[record["broken"]] = False
-        accuracy = robust.sum().item() / n
-        record |= _progress(robust)
-        record["robust_accuracy_after"][attack] = accuracy
-        if attack != attacks[-1]:
-            results.save(record)
-        log(f"{name}: {accuracy:.2%} robust after {attack} ({record['seconds'][attack]:.1f} s)")
-
-    with _warnings(record, attacker.logger, log):
-        check_square_sr({"clean": record["clean_accuracy"], **record["robust_accuracy_after"]}, logger=attacker.logger)
-    record = {key: value for key, value in record.items() if key not in _progress(robust)}
-    record["robust_accuracy"] = record["robust_accuracy_after"][attacks[-1]]
-    results.finish(record)
-    return record
+def _name(identity: Mapping[str, Any]) -> str:
+    return f"{identity['checkpoint']} {identity['norm']} {identity['eps_text']}"
 
 
 def _left_over(
-    identity: dict[str, Any], environment: dict[str, Any], results: Keeper, log: Callable[[str], Any]
+    identity: dict[str, Any], environment: dict[str, Any], results: Results, log: Callable[[str], Any]
 ) -> dict[str, Any] | None:
     """The record that an interrupted evaluation left, if it was found on such a device by such packages."""
     record = results.unfinished(identity)
@@ -169,11 +287,6 @@ def _check_progress(record: Mapping[str, Any], path: Path) -> None:
         raise FileError(f"{path}: damaged; remove it to start the evaluation again")
 
 
-@torch.no_grad()
-def _is_correct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return (model(x).argmax(dim=1) == y).cpu()
-
-
 def _progress(robust: Tensor) -> dict[str, Any]:
     """What a record holds besides the figures until it is finished, here between two attacks.
 
@@ -183,37 +296,27 @@ def _progress(robust: Tensor) -> dict[str, Any]:
     return {"robust": "".join("01"[flag] for flag in robust.tolist()), "batches": 0, "broken": []}
 
 
-@contextlib.contextmanager
-def _bar(name: str, batches: Sequence[Tensor], done: int, model: nn.Module, position: int | None) -> Iterator[tqdm]:
-    """A progress bar over batches. Each can take minutes, so every pass through the model keeps the clock going."""
-    kind = {"desc": name, "unit": "batch", "leave": False, "position": position}
-    with tqdm(total=len(batches), initial=done, miniters=0, mininterval=1, **kind) as bar:
-
-        def tick(*_: Any) -> None:
-            bar.update(0)
-
-        with model.register_forward_hook(tick):
-            yield bar
+def _kind(message: str) -> str:
+    """What a warning is about, whatever the numbers in it."""
+    return re.sub("[0-9.]+", "#", message)
 
 
 @contextlib.contextmanager
-def _warnings(record: dict[str, Any], logger: logging.Logger, log: Callable[[str], Any]) -> Iterator[None]:
-    """Log what AutoAttack warns of, and keep it in the record: once for each kind, whatever the numbers in it."""
-    kinds = {re.sub("[0-9.]+", "#", message) for message in record["warnings"]}
+def _warnings(logger: logging.Logger) -> Iterator[list[str]]:
+    """What a logger warns of in the body, once for each kind, instead of printing it."""
+    collected: list[str] = []
 
     class Collector(logging.Handler):
         def emit(self, event: logging.LogRecord) -> None:
-            kind = re.sub("[0-9.]+", "#", message := event.getMessage())
-            if kind not in kinds:
-                kinds.add(kind)
-                record["warnings"].append(message)
-                log(f"warning of AutoAttack: {message}")
+            message = event.getMessage()
+            if _kind(message) not in map(_kind, collected):
+                collected.append(message)
 
     collector, propagate = Collector(logging.WARNING), logger.propagate
     logger.addHandler(collector)
     logger.propagate = False
     try:
-        yield
+        yield collected
     finally:
         logger.removeHandler(collector)
         logger.propagate = propagate

@@ -1,6 +1,7 @@
-"""Several evaluations at a time, each in a process of its own; one process writes. For eval.py."""
+"""Evaluations by several processes, which share out the batches of each; one process writes. For eval.py."""
 
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -8,15 +9,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from data import Split
-from evaluation.attack import evaluate
+from evaluation.attack import Attacker, Batch, Evaluation, Found, evaluate
 from evaluation.environment import make_reproducible
 from evaluation.results import Results
 from experiment import flags
@@ -31,93 +31,113 @@ class Task(NamedTuple):
 
 
 def evaluate_all(
-    tasks: Sequence[Task], jobs: int, results: Results, device: torch.device, log: Callable[[str], Any]
+    tasks: Sequence[Task], jobs: int, results: Results, devices: Sequence[torch.device], log: Callable[[str], Any]
 ) -> Iterator[dict[str, Any]]:
     """The records of all tasks as they are finished, from `jobs` processes or, for one job, from this one.
 
-    On a CPU the small batches that AutoAttack comes down to do not keep several cores busy, several evaluations do:
-    each process gets its share of the threads, whose number can change how sums are rounded, and a copy of model and
-    data. Only this process writes; the others send it what they found, and end when it does. Raises ChildProcessError
-    where one of them ends before.
+    The processes take the devices in turn. They work on one task together, and where its attack has no batch left to
+    begin, on the next. On a CPU the small batches that AutoAttack comes down to do not keep several cores busy, several
+    processes do: each gets its share of the threads, whose number can change how sums are rounded, and a copy of model
+    and data. Only this process writes; the others send it what they found, and end when it does. Raises
+    ChildProcessError where one of them ends before.
     """
-    if jobs == 1 or len(tasks) < 2:
+    jobs = min(jobs, sum(math.ceil(task.identity["n"] / task.identity["batch_size"]) for task in tasks))
+    if jobs <= 1:
         for task in tasks:
-            yield evaluate(*task, results, device, log)
+            yield evaluate(*task, results, devices[0], log)
         return
+    with contextlib.ExitStack() as bars, _started(jobs, devices) as workers:
+        waiting, going = list(tasks), []
+        while True:
+            for worker in workers:
+                while worker.batch is None:
+                    # Rather of the task whose model it has.
+                    ours = sorted(going, key=lambda pair, worker=worker: pair[0] is not worker.task)
+                    chosen = ((*pair, batch) for pair in ours if (batch := pair[1].next_batch()) is not None)
+                    if (found := next(chosen, None)) is not None:
+                        worker.begin(*found)
+                    elif waiting:
+                        task, taken = waiting.pop(0), {evaluation.bar_position for _, evaluation in going}
+                        position = min(set(range(len(going) + 1)) - taken)
+                        evaluation = Evaluation(task.test, task.identity, results, devices, log, position)
+                        going.append((task, bars.enter_context(evaluation)))
+                    else:
+                        break
+            for pair in [pair for pair in going if pair[1].finished]:
+                going.remove(pair)
+                yield pair[1].record
+            busy = {worker.channel: worker for worker in workers if worker.batch is not None}
+            if not busy:
+                return
+            for channel in wait(list(busy), timeout=1):
+                busy[channel].end()
+            for _, evaluation in going:
+                evaluation.tick()
+
+
+class _Worker:
+    """A process that attacks batches, as the process that writes sees it."""
+
+    def __init__(self, channel: Connection, process: BaseProcess):
+        self.channel, self.process = channel, process
+        self.task: Task | None = None
+        self.evaluation: Evaluation | None = None
+        self.batch: Batch | None = None
+
+    def begin(self, task: Task, evaluation: Evaluation, batch: Batch) -> None:
+        """Hand a batch over, with its task if that is another one than before."""
+        # Pickled here and not by the channel, which would put tensors into shared memory; containers have little of it.
+        content = pickle.dumps((None if task is self.task else task, batch))
+        with self._death_named():
+            self.channel.send_bytes(content)
+        self.task, self.evaluation, self.batch = task, evaluation, batch
+
+    def end(self) -> None:
+        """Take what the batch has found to its evaluation. Raises what the worker raised."""
+        with self._death_named():
+            answer: Found | Exception = self.channel.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        batch, self.batch = self.batch, None
+        self.evaluation.add(batch, answer)
+
+    @contextlib.contextmanager
+    def _death_named(self) -> Iterator[None]:
+        """Say how a process ended that does not answer."""
+        try:
+            yield
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join()
+            raise ChildProcessError(f"the process of an evaluation ended with {self.process.exitcode}") from None
+
+
+@contextlib.contextmanager
+def _started(jobs: int, devices: Sequence[torch.device]) -> Iterator[list[_Worker]]:
+    """So many workers, which are ended with the context."""
     context = multiprocessing.get_context("spawn")
-    jobs = min(jobs, len(tasks))
     threads = max(1, torch.get_num_threads() // jobs)
-    waiting, workers = list(tasks), {}
+    workers = []
     # Ctrl-C reaches all processes: the workers ignore it from their start on, and are ended by this one.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for position in range(jobs):
             channel, remote = context.Pipe()
-            worker = context.Process(target=_work, args=(remote, device, threads, position), daemon=True)
-            worker.start()
+            device = devices[position % len(devices)]
+            process = context.Process(target=_work, args=(remote, device, threads), daemon=True)
+            process.start()
             remote.close()
-            workers[channel] = worker
+            workers.append(_Worker(channel, process))
         signal.signal(signal.SIGINT, interrupt)
-        for channel, worker in workers.items():
-            with _dead_named(worker):
-                _hand_over(waiting.pop(0), channel, results)
-        while workers:
-            for channel in wait(list(workers)):
-                with _dead_named(workers[channel]):
-                    kind, content = channel.recv()
-                if kind == "error":
-                    raise content
-                {"log": log, "save": results.save, "finish": results.finish}[kind](content)
-                if kind != "finish":
-                    continue
-                if waiting:
-                    with _dead_named(workers[channel]):
-                        _hand_over(waiting.pop(0), channel, results)
-                else:
-                    channel.close()
-                    workers.pop(channel).join()
-                yield content
+        yield workers
     finally:
         signal.signal(signal.SIGINT, interrupt)
-        for worker in workers.values():
-            worker.terminate()
-            worker.join()
+        for worker in workers:
+            worker.process.terminate()
+            worker.process.join()
 
 
-@contextlib.contextmanager
-def _dead_named(worker: multiprocessing.process.BaseProcess) -> Iterator[None]:
-    """Say how a process ended that does not answer."""
-    try:
-        yield
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        worker.join()
-        raise ChildProcessError(f"the process of an evaluation ended with {worker.exitcode}") from None
-
-
-def _hand_over(task: Task, channel: Connection, results: Results) -> None:
-    # Pickled here and not by the channel, which would put tensors into shared memory; containers have little of it.
-    channel.send((pickle.dumps(task), results.unfinished(task.identity), results.unfinished_path))
-
-
-class _Remote(NamedTuple):
-    """The `Keeper` of an evaluation in another process than the one that writes."""
-
-    channel: Connection
-    record: dict[str, Any] | None
-    unfinished_path: Path
-
-    def unfinished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        return self.record
-
-    def save(self, record: dict[str, Any]) -> None:
-        self.channel.send(("save", record))
-
-    def finish(self, record: dict[str, Any]) -> None:
-        self.channel.send(("finish", record))
-
-
-def _work(channel: Connection, device: torch.device, threads: int, position: int) -> None:
-    """Evaluate one task after another from `channel`, until the process that sends them ends, however it ends."""
+def _work(channel: Connection, device: torch.device, threads: int) -> None:
+    """Attack one batch after another from `channel`, until the process that sends them ends, however it ends."""
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -125,17 +145,17 @@ def _work(channel: Connection, device: torch.device, threads: int, position: int
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # tqdm's own is a semaphore of the system, which a process that is killed leaves.
     torch.set_num_threads(threads)
     flags.print_on()
     make_reproducible()
+    attacker = None
     while True:
         try:
-            task, record, path = channel.recv()
+            task, batch = pickle.loads(channel.recv_bytes())
         except EOFError:
             return
         try:
-            keeper = _Remote(channel, record, path)
-            evaluate(*pickle.loads(task), keeper, device, lambda message: channel.send(("log", message)), position)
+            attacker = attacker if task is None else Attacker(*task, device)
+            channel.send(attacker(batch))
         except (ValueError, OSError) as error:
-            channel.send(("error", error))
+            channel.send(error)

@@ -343,3 +343,31 @@ def test_some_images_of_a_sorted_test_set_are_of_all_classes(folder, monkeypatch
     assert task.identity["images"] == "balanced" and len(task.test.labels) == 400
     assert task.test.labels[:20].bincount(minlength=10).tolist() == [2] * 10
     assert task.identity["test_sha256"] == digest(Split(task.test.images[:20], task.test.labels[:20]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "devices", "jobs"),
+    [
+        (["--device", "cpu"], ["cpu"], 1),
+        (["--device", "cpu", "--jobs", "3"], ["cpu"], 3),
+        (["--device", "cpu", "cpu:0"], ["cpu", "cpu:0"], 2),
+        (["--device", "cpu", "cpu:0", "--jobs", "4"], ["cpu", "cpu:0"], 4),
+    ],
+)
+def test_each_device_has_a_process_unless_jobs_says_more(folder, monkeypatch, flags, devices, jobs):
+    asked = []
+
+    def evaluate_all(tasks, jobs, results, devices, log):
+        asked.append((devices, jobs))
+        return []
+
+    monkeypatch.setattr(eval_script, "evaluate_all", evaluate_all)
+    assert eval_script.main([str(folder), "--n", "4", *flags]) == 0
+    many = flags.index("--jobs") if "--jobs" in flags else len(flags)
+    assert eval_script.main(["--n", "4", *flags[many:], *flags[:many], str(folder)]) == 0  # a folder after --device
+    assert [(list(map(str, found)), number) for found, number in asked] == [(devices, jobs)] * 2
+
+
+def test_fewer_processes_than_devices_are_refused(folder):
+    with pytest.raises(ValueError, match="--jobs 1: fewer than the 2 devices"):
+        eval_script.main([str(folder), "--device", "cpu", "cpu:0", "--jobs", "1"])
