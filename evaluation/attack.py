@@ -23,7 +23,7 @@ from pyautoattack.checks import check_square_sr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DATASETS, Split, to_input
+from data import Split, num_classes, to_input
 from evaluation.environment import device_name, versions
 from models.outputs import finite_outputs
 from storage.files import FileError
@@ -92,7 +92,7 @@ def evaluate(
         norm=identity["norm"],
         eps=identity["eps"],
         seed=identity["seed"],
-        num_classes=DATASETS[identity["dataset"]].num_classes,
+        num_classes=num_classes(identity["dataset"], identity.get("dataset_content")),
         device=device,
     )
     for attack in attacks:
