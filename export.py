@@ -116,9 +116,9 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
     if mine:
         lines += ["", "| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"]
     for record in mine:
-        held_out = "" if record in tested else ", of those held out for validation"
+        shown = images_of(record) + ("" if record in tested else ", of those held out for validation")
         lines += [
-            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {images_of(record)}{held_out} "
+            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {shown} "
             f"| {record['clean_accuracy']:.2%} | {record['robust_accuracy']:.2%} |"
         ]
     for record in full:
