@@ -53,7 +53,13 @@ def build_parser() -> flags.Parser:
     eps = "for Linf 8 or 8/255, for L2 0.5; or paper: 2 4 8 12 16, for L2 0.25 0.5 0.75 1 (8, for L2 0.5)"
     g.add_argument("--eps", "--eps_eval", nargs="+", default=None, help=eps)
     g.add_argument("--norm", "--norm_attack", choices=list(NORMS), default=None, help="of the perturbation (the run's)")
-    g.add_argument("--version", "-v", choices=list(VERSIONS), default="standard", help="custom leaves Square out")
+    g.add_argument(
+        "--version",
+        "-v",
+        choices=list(VERSIONS),
+        default="standard",
+        help="custom leaves Square out, few-classes (of 2 or 3) APGD-T",
+    )
     g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")

@@ -146,25 +146,28 @@ def find_own(
 ) -> Prepared:
     """The prepared images of a folder or an .npz file; where there are none yet they are prepared.
 
-    below: the folder in which they are, None for that of `path`. size: the shorter side is resized to it, and the
-    centre cut out; None keeps the images' own size. content: which images they have to be, those of a run; then `path`
-    itself may have changed, which is warned of, or be gone.
+    below: the folder in which they are prepared, None for that of `path`; they are found in both. size: the shorter
+    side is resized to it, and the centre cut out; None keeps the images' own size. content: which images they have to
+    be, those of a run; then `path` itself may have changed, or be gone, which is warned of.
 
     Raises FileNotFoundError, DataFileError for a source that cannot be used or holds other images, OSError.
     """
     path = Path(path)
-    place = Path(path.parent if below is None else below) / f"{path.name}.prepared"
-    if content is not None:
+    folders = [path.parent] if below is None else [Path(below), path.parent]
+    places = [folder / f"{path.name}.prepared" for folder in folders]
+    for place in places if content is not None else ():
         known = read_about(place / _name_of(content))
         if known is not None and known.content == content:
             if not _is_made_from(known, path, size):
                 logger.warning("%s has changed, or is gone: its images of before are taken, %s", path, known.folder)
             return known
-    prepared = _find_or_prepare(path, place, size)
+    source = _open_source(path)
+    found = (_known(place, source.fingerprint, size) for place in places)
+    prepared = next((known for known in found if known is not None), None) or _prepare(source, places[0], size)
     if content not in (None, prepared.content):
         raise DataFileError(
             f"--dataset {path}: its images ({prepared.content}) are not those of the run ({content}), "
-            f"which are not in {place} either"
+            f"which are not in {places[0]} either"
         )
     return prepared
 
@@ -176,7 +179,7 @@ def prepare_again(prepared: Prepared, path: str | os.PathLike, size: int | None,
     logger.warning("%s; preparing it again", reason)
     with preparing(prepared.folder.parent):
         shutil.rmtree(prepared.folder)
-    again = _find_or_prepare(Path(path), prepared.folder.parent, size)
+    again = _prepare(_open_source(Path(path)), prepared.folder.parent, size)
     if again.content != prepared.content:
         raise DataFileError(f"{reason}; {path}, which it was prepared from, holds other images now")
     return again
@@ -209,10 +212,8 @@ def read_about(folder: Path) -> Prepared | None:
     return prepared if sound else None
 
 
-def _find_or_prepare(path: Path, place: Path, size: int | None) -> Prepared:
-    source = _open_source(path)
-    if (known := _known(place, source.fingerprint, size)) is not None:
-        return known
+def _prepare(source: Source, place: Path, size: int | None) -> Prepared:
+    path = source.path
     with preparing(place):
         if (known := _known(place, source.fingerprint, size)) is not None:  # made while this process waited
             return known
@@ -268,7 +269,7 @@ def _open_source(path: Path) -> Source:
     if path.is_dir():
         return ImageFolder(path)
     if path.suffix != ".npz" or not path.exists():
-        raise FileNotFoundError(f"--dataset {path}: no such folder, or .npz file")
+        raise FileNotFoundError(f"--dataset {path}: no such folder, or .npz file; where it lies now can be said")
     return ImageArchive(path)
 
 

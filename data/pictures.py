@@ -21,7 +21,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 # Pictures all the same, which Pillow alone does not read: to leave them out without a word would be a loss.
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw"}
 # Whatever a file is called; others, EPS say, are handed to other programs by Pillow.
-FORMATS = ["JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
+FORMATS = ["JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"]
 WHITE = (255, 255, 255, 255)
 
 

@@ -29,17 +29,28 @@ from models.outputs import finite_outputs
 from storage.files import FileError
 
 CUSTOM = ["apgd-ce", "apgd-t", "fab-t"]
-VERSIONS = {"standard": [*CUSTOM, "square"], "custom": CUSTOM}
+VERSIONS = {"standard": [*CUSTOM, "square"], "custom": CUSTOM, "few-classes": ["apgd-ce", "fab-t", "square"]}
 
 
-def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int, num_classes: int, device: Any) -> AutoAttack:
-    """AutoAttack's standard version for a model in eval mode, ready for `attacks_to_run` to name one attack of it.
+def autoattack(
+    model: nn.Module,
+    *,
+    norm: str,
+    eps: float,
+    seed: int,
+    num_classes: int,
+    device: Any,
+    attacks: Sequence[str] = VERSIONS["standard"],
+) -> AutoAttack:
+    """AutoAttack's standard version for a model in eval mode, ready for `attacks_to_run` to name one of `attacks`.
 
     It attacks the nine likeliest other classes, or all where there are fewer. Raises ValueError below 4 classes, where
-    the targeted attacks have no loss.
+    the targeted APGD has no loss, if that is one of the attacks.
     """
-    if num_classes < 4:
-        raise ValueError(f"{num_classes} classes: AutoAttack's targeted attacks need at least 4")
+    if num_classes < 4 and "apgd-t" in attacks:
+        raise ValueError(
+            f"{num_classes} classes: AutoAttack's targeted APGD needs at least 4; --version few-classes leaves it out"
+        )
     attack = AutoAttack(model, norm=norm, eps=eps, seed=seed, version="standard", device=device)
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
     return attack
@@ -94,6 +105,7 @@ def evaluate(
         seed=identity["seed"],
         num_classes=num_classes(identity["dataset"], identity.get("dataset_content")),
         device=device,
+        attacks=attacks,
     )
     for attack in attacks:
         if attack in record["robust_accuracy_after"]:
