@@ -80,10 +80,10 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     device = flags.device(options["device"])
     norm = options["norm"]
     if target is None:
-        named = {name: options[name] for name in MODEL_SETTINGS if options[name] is not None}
-        identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, **named}
+        named = {name: options[name] for name in MODEL_SETTINGS if options.get(name) is not None}
+        identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, "image_size": None, **named}
         place = {"data_dir": options["data_dir"] or DEFAULT_DATA_DIR}
-        identity |= dict.fromkeys(("image_size", "dataset_content")) | resolve_images({**identity, **place})
+        identity |= {"dataset_content": resolve_images({**identity, **place}).get("dataset_content")}
         identity |= resolve_normalization({**identity, **place})
         torch.manual_seed(options["seed"])
         model = build_model({**identity, "channels_last": False}).eval()

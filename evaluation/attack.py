@@ -78,10 +78,16 @@ def evaluate(
     """Attack the first images of `test`, going on where an interrupted evaluation stopped; returns the record.
 
     bar_position: on which line of the terminal the progress bar stands, where others stand too. Raises FileError where
-    what an interrupted evaluation left is damaged, and ValueError where an output of the model is not finite.
+    what an interrupted evaluation left is damaged, and ValueError where an output of the model is not finite, or the
+    images are none that the attacks can take.
     """
     n, batch_size, attacks = identity["n"], identity["batch_size"], VERSIONS[identity["version"]]
     name = f"{identity['checkpoint']} {identity['norm']} {identity['eps_text']}"
+    height, width = test.images.shape[1:3]
+    if height != width and "square" in attacks:
+        raise ValueError(
+            f"{width}x{height} images: AutoAttack's Square needs square ones; --version custom leaves it out"
+        )
     model = model.to(device)
 
     def batch(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,15 +140,26 @@ def sample(split: Split, n: int, settings: dict[str, Any]) -> Split:
 
 def build_model(settings: dict[str, Any]) -> nn.Module:
     """The untrained model that the settings name, on the CPU."""
-    model = create_model(
-        settings["model"],
-        num_classes(settings["dataset"], settings.get("dataset_content")),
-        mean=settings["mean"],
-        std=settings["std"],
-        normalize=settings["normalize"],
-        group_norm=settings["group_norm"],
-    )
+    dataset = settings["dataset"], settings.get("dataset_content")
+    kind = {name: settings[name] for name in ("mean", "std", "normalize", "group_norm")}
+    model = create_model(settings["model"], num_classes(*dataset), **kind)
+    if is_path(settings["dataset"]):
+        check_size(settings["model"], image_shape(*dataset))
     return model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
+
+
+def check_size(name: str, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError where the model of this name does not take images of this shape (H, W, 3); computes nothing."""
+    height, width, channels = shape
+    with torch.device("meta"):
+        model = create_model(name).eval()
+        try:
+            model(torch.empty(1, channels, height, width))
+        except RuntimeError:
+            raise ValueError(
+                f"--model {name} does not take images of {width}x{height} (width x height): its layers halve them, "
+                "so their sides have to be multiples of 4 or 8; --image-size N makes them so"
+            ) from None
 
 
 def build_optimizer(model: nn.Module, stage: Stage, settings: dict[str, Any]) -> SGD:
