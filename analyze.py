@@ -22,14 +22,15 @@ from analysis.speed_check import check_speeds
 from analysis.statistics import by_interval, paired, proportion, quantiles, robust_shares
 from analysis.subject import autoattack_points, load_subject
 from analysis.toy import draw_toy
-from data import Split, load_data
+from data import Split
 from dyart.losses import LOSSES
 from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS, has_fast_bfloat16
+from evaluation.candidate import load_part
 from evaluation.environment import versions
 from experiment import flags
 from experiment.build import load_splits
-from experiment.weights import add_model_flags
+from experiment.weights import IMAGES_HELP, add_model_flags
 from storage.files import naming, write_csv, write_json
 
 # As in the paper.
@@ -47,6 +48,7 @@ def build_parser() -> flags.Parser:
     g.add_argument("--checkpoint", metavar="NAME", default=None, help="file of the folder (best.pt)")
     g.add_argument("--methods", nargs="+", choices=list(LOSSES), default=COMPARED, help="to compare")
     g.add_argument("--examples", type=flags.whole(least=1), default=1000, help="images of train and of test")
+    g.add_argument("--images", choices=["test", "validation"], default="test", help=IMAGES_HELP)
     g.add_argument("--boundary", choices=["exact", "soft"], default="exact", help="whose speed is shown")
     eps = "of the baselines' attack; smaller margins are vulnerable (the run's)"
     g.add_argument("--attack-eps", type=flags.length_text(flags.number(above=0)), default=None, help=eps)
@@ -102,7 +104,7 @@ def analyze(args: Any) -> dict[str, Any]:
     scale, below = figures.SCALES[norm], settings["attack_eps"]
 
     train = shuffled(load_splits(settings, generated_too=False).train, args.seed)
-    test = shuffled(load_data(settings["dataset"], settings["data_dir"])[1], args.seed)
+    test = shuffled(load_part(settings, args.images), args.seed)
     test = Split(test.images[: args.examples], test.labels[: args.examples])
     exact = Search(norm, math.inf, args.search_steps, args.batch_size)
     soft = exact._replace(temperature=settings["temperature"])
@@ -145,7 +147,7 @@ def analyze(args: Any) -> dict[str, Any]:
         write_csv(output / "margins_over_time.csv", over_time)
     figures.margins(output / "margins.png", samples, over_time, norm)
 
-    attacks = autoattack_points(subject.folder, subject.identity, norm)
+    attacks = autoattack_points(subject.folder, subject.identity, norm, args.images)
     radii = np.linspace(0, max([2 * below, *(attack["eps"] for attack in attacks)]), 65).tolist()
     rows = robust_shares(on_test["exact"], on_test["soft"], radii)
     write_csv(output / "robustness.csv", rows)
@@ -158,6 +160,7 @@ def analyze(args: Any) -> dict[str, Any]:
     summary = {
         **subject.identity,
         "norm": norm,
+        "images": args.images,
         "boundary": args.boundary,
         "temperature": None if search is exact else search.temperature,
         "direction": args.direction,

@@ -25,7 +25,7 @@ from evaluation.place import open_place
 from evaluation.results import images_of
 from experiment import flags
 from experiment.folder import Experiment
-from experiment.weights import WEIGHTS_HELP, add_model_flags, read_weights
+from experiment.weights import IMAGES_HELP, WEIGHTS_HELP, add_model_flags, read_weights
 
 # The radii of the paper's evaluation (for L2, where it has none, those in use), and the one of leaderboards.
 PAPER = {"Linf": ["2", "4", "8", "12", "16"], "L2": ["0.25", "0.5", "0.75", "1"]}
@@ -44,7 +44,8 @@ def build_parser() -> flags.Parser:
     g = p.add_argument_group("what is evaluated")
     g.add_argument("--checkpoint", metavar="NAME", nargs="+", default=None, help="files of the folder (best.pt)")
     g.add_argument("--weights", metavar="NAME", default=None, help=WEIGHTS_HELP)
-    g.add_argument("--n", type=flags.optional(positive), default=None, help="the first N test images; none takes all")
+    g.add_argument("--images", choices=["test", "validation"], default="test", help=IMAGES_HELP)
+    g.add_argument("--n", type=flags.optional(positive), default=None, help="the first N images; none takes all")
     g.add_argument("--output-dir", default=None, help="for results, log and lock (the folder, or beside the file)")
     g.add_argument("--data-dir", default=None, help="where prepared datasets lie (where training took them from)")
 
@@ -52,7 +53,13 @@ def build_parser() -> flags.Parser:
     eps = "for Linf 8 or 8/255, for L2 0.5; or paper: 2 4 8 12 16, for L2 0.25 0.5 0.75 1 (8, for L2 0.5)"
     g.add_argument("--eps", "--eps_eval", nargs="+", default=None, help=eps)
     g.add_argument("--norm", "--norm_attack", choices=list(NORMS), default=None, help="of the perturbation (the run's)")
-    g.add_argument("--version", "-v", choices=list(VERSIONS), default="standard", help="custom leaves Square out")
+    g.add_argument(
+        "--version",
+        "-v",
+        choices=list(VERSIONS),
+        default="standard",
+        help="custom leaves Square out, few-classes (of 2 or 3) APGD-T",
+    )
     g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
     usual = ["cuda" if torch.cuda.is_available() else "cpu"]
@@ -118,10 +125,10 @@ def main(argv: list[str] | None = None) -> int:
         candidates = [load_candidate(path, args["weights"], args) for path in paths]
         norms = [args["norm"] or norm_of(candidate.settings) for candidate in candidates]
         lengths = {norm: radii(args["eps"], norm) for norm in norms}
-        tests = [load_test(candidate, args["data_dir"]) for candidate in candidates]
+        tests = [load_test(candidate, args["data_dir"], args["images"]) for candidate in candidates]
         for test in tests:
             if args["n"] is not None and args["n"] > len(test.labels):
-                raise ValueError(f"--n {args['n']}: the test set has {len(test.labels)} images")
+                raise ValueError(f"--n {args['n']}: the {args['images']} set has {len(test.labels)} images")
         tasks = []
         for candidate, norm, test in zip(candidates, norms, tests, strict=True):
             trained = candidate.settings.get("norm") or "Linf"
@@ -131,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             n = args["n"] or len(test.labels)
             test, images = leading(test, n)
             what = {"n": n, "images": images, "test_sha256": digest(Split(test.images[:n], test.labels[:n]))}
+            what |= {"part": args["images"]} if args["images"] != "test" else {}
             for eps, text in lengths[norm]:
                 attack = {"norm": norm, "eps": eps, "eps_text": text, "version": args["version"], "seed": args["seed"]}
                 identity = {**candidate.identity, **origin, **what, **attack, "batch_size": args["batch_size"]}
@@ -157,7 +165,7 @@ def summary(record: Mapping[str, Any]) -> str:
     """A finished record in one line."""
     return (
         f"{record['checkpoint']} ({record['weights']} weights), {record['norm']} {record['eps_text']}, "
-        f"{images_of(record)} test images: clean {record['clean_accuracy']:.2%}, "
+        f"{images_of(record)} {record.get('part', 'test')} images: clean {record['clean_accuracy']:.2%}, "
         f"AutoAttack {record['version']} {record['robust_accuracy']:.2%}"
     )
 

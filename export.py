@@ -14,17 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data import DATASETS
+from data import is_path, num_classes
 from evaluation.candidate import load_candidate
 from evaluation.results import Results, images_of, same_identity
 from experiment import flags
 from experiment.checkpoint import write_torch
 from experiment.folder import named_checkpoints
 from experiment.settings import (
-    DECIDING,
     LENGTHS,
     PLACE,
     check_stored,
+    deciding,
     flag_of,
     not_taken_by,
     resolve,
@@ -101,7 +101,8 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
     as `load_candidate` gives it; out: the file that the weights go to.
     """
     mine = [record for record in records if same_identity(record, {**record, **identity})]
-    full = [record for record in mine if record["version"] == "standard" and record["n"] == record["test_size"]]
+    tested = [record for record in mine if record.get("part", "test") == "test"]
+    full = [record for record in tested if record["version"] == "standard" and record["n"] == record["test_size"]]
     lines = [f"# {identity['model']} on {identity['dataset']}", ""]
     lines += [f"- Weights: `{out.name}`, the {identity['weights']} weights of `{identity['checkpoint']}`"]
     lines += [f"- SHA-256 of that checkpoint: {identity['sha256']}"]
@@ -115,8 +116,9 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
     if mine:
         lines += ["", "| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"]
     for record in mine:
+        shown = images_of(record) + ("" if record in tested else ", of those held out for validation")
         lines += [
-            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {images_of(record)} "
+            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {shown} "
             f"| {record['clean_accuracy']:.2%} | {record['robust_accuracy']:.2%} |"
         ]
     for record in full:
@@ -127,8 +129,8 @@ def claim(settings: Mapping[str, Any], records: list[dict[str, Any]], identity: 
     commands = []
     with contextlib.suppress(ValueError):  # Settings that this version's flags cannot say.
         commands += ["# the training", train_command(check_stored(settings, "settings"))]
-    if mine:
-        commands += ["# the figures, from the exported weights", *(eval_command(record, out) for record in mine)]
+    if tested:  # which images were held out, the exported weights do not say
+        commands += ["# the figures, from the exported weights", *(eval_command(record, out) for record in tested)]
     if commands:
         lines += ["", "## To reproduce", "", "```", *commands, "```"]
     lines += [""]
@@ -148,7 +150,7 @@ def architecture(identity: Mapping[str, Any]) -> str:
         return f"{name}{layers}, {input_}, as `models.create_model` makes it; RobustBench has no class for it"
     shape = f"depth={found[1]}, width={found[2]}" if found[1] else f"depth={found[3]}, width=0"
     kind = "DMWideResNet" if found[1] else "DMPreActResNet"
-    classes = DATASETS[identity["dataset"]].num_classes
+    classes = num_classes(identity["dataset"], identity["dataset_content"])
     arguments = f"num_classes={classes}, {shape}, activation_fn=nn.SiLU, mean={mean}, std={std}"
     return f"{name}; RobustBench loads it into `{kind}({arguments})`"
 
@@ -179,7 +181,8 @@ def entry(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, A
 def train_command(settings: Mapping[str, Any]) -> str:
     """The command that resolves to the settings of a run."""
     defaults = resolve({})
-    given = {name: settings[name] for name in (*DECIDING, "search") if settings[name] != defaults[name]}
+    deciding_ones = deciding(settings) | {"search": settings["search"]}
+    given = {name: value for name, value in deciding_ones.items() if value != defaults[name]}
     usual = resolve(given)
     left_out = (*PLACE, *not_taken_by(settings["method"]))
     given |= {name: settings[name] for name in defaults if settings[name] != usual[name] and name not in left_out}
@@ -202,7 +205,11 @@ def eval_command(record: Mapping[str, Any], out: Path) -> str:
     record = upgraded(record)
     words = ["python", "eval.py", out.name, "--model", record["model"], "--dataset", record["dataset"]]
     words += ["--group-norm"] if record["group_norm"] else []
-    usual = resolve_normalization({"model": record["model"], "dataset": record["dataset"]})
+    words += ["--image-size", record["image_size"]] if record["image_size"] else []
+    # Of own images the statistics are said: they need not be here to be asked.
+    known = ("mean", "std") if is_path(record["dataset"]) else ()
+    usual = resolve_normalization({name: record[name] for name in ("model", "dataset", *known)})
+    usual |= dict.fromkeys(known)
     for name in ("normalize", "mean", "std"):
         if record[name] is not None and record[name] != usual[name]:
             words += [f"--{name}", flags.plain(record[name])]

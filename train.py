@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -41,7 +40,7 @@ from experiment.folder import Experiment, Loaded
 from experiment.guards import Diverged, anomalies_detected, check_finite, finite_validation, skip_step
 from experiment.metrics import Meter, describe, peak_memory_mib
 from experiment.schedules import SCHEDULES, idle_epochs
-from experiment.settings import default_name, parse, resolve
+from experiment.settings import as_yaml, default_name, parse, resolve
 from experiment.signals import Interrupted, Signals
 from experiment.state import Progress, Run, check_metrics, resume, rewind
 from experiment.weights import load_pretrained
@@ -66,7 +65,7 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
         experiment, settings, loaded = resume(folder, given, dry_run=dry_run)
         held.enter_context(experiment)
     if dry_run:
-        print(yaml.safe_dump(settings, sort_keys=False), end="")
+        print(as_yaml(settings), end="")
         return 0
     epochs = stages_of(settings)[-1].end
     if loaded is not None and loaded.state["progress"]["epoch"] == epochs:

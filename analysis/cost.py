@@ -6,7 +6,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +16,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from data import DEFAULT_DATA_DIR, balanced_subset, load_data, to_input
+from data import DEFAULT_DATA_DIR, balanced_subset, has_test, to_input
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES, SHARED, SHARED_STEPS
 from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin, value_and_gradient
 from dyart.modes import batch_norm_momentum, frozen, mixed_precision
 from dyart.projection import NORMS
-from evaluation.candidate import load_candidate, load_test
+from evaluation.candidate import load_candidate, load_part, load_test
 from experiment import flags
 from experiment.build import build_model, loss_options
 from experiment.folder import named_checkpoints
+from experiment.images import resolve_images
 from experiment.settings import resolve, resolve_normalization
 from experiment.weights import MODEL_SETTINGS
 
@@ -79,13 +80,15 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     device = flags.device(options["device"])
     norm = options["norm"]
     if target is None:
-        named = {name: options[name] for name in MODEL_SETTINGS if options[name] is not None}
-        identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, **named}
-        identity |= resolve_normalization(identity)
+        named = {name: options[name] for name in MODEL_SETTINGS if options.get(name) is not None}
+        identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, "image_size": None, **named}
+        place = {"data_dir": options["data_dir"] or DEFAULT_DATA_DIR}
+        identity |= {"dataset_content": resolve_images({**identity, **place}).get("dataset_content")}
+        identity |= resolve_normalization({**identity, **place})
         torch.manual_seed(options["seed"])
         model = build_model({**identity, "channels_last": False}).eval()
         identity |= {"checkpoint": None}
-        test = load_data(identity["dataset"], options["data_dir"] or DEFAULT_DATA_DIR)[1]
+        test = load_part({**identity, **place}, measured_on(identity))
     else:
         path = Path(target)
         path = named_checkpoints(path, ["best"])[0] if path.is_dir() else path
@@ -93,7 +96,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         norm = norm or candidate.settings.get("norm")
         model, identity = candidate.model, candidate.identity
         model.requires_grad_(True)
-        test = load_test(candidate, options["data_dir"])
+        test = load_test(candidate, options["data_dir"], measured_on(identity))
     layout = torch.channels_last if options["channels_last"] else torch.contiguous_format
     chosen = balanced_subset(test, max(options["batch_size"], options["examples"]), options["seed"])
     x, y = to_input(chosen.images).to(device).contiguous(memory_format=layout), chosen.labels.to(device)
@@ -112,6 +115,12 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         return mixed_precision(options["amp"], device.type)
 
     return Workload(model, identity, x, y, autocast, norm or "Linf")
+
+
+def measured_on(identity: Mapping[str, Any]) -> str:
+    """The part of a dataset whose images are measured on: of own images without a test set, those held out."""
+    content = identity["dataset_content"]
+    return "test" if content is None or has_test(content) else "validation"
 
 
 def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Callable[[], None]:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from analysis.statistics import interval_of
 from data import find_data_dir
-from evaluation.candidate import load_candidate
+from evaluation.candidate import check_part, load_candidate
 from evaluation.results import Results
 from experiment import flags
 from experiment.build import build_optimizer, stages_of
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment, named_checkpoints
 from experiment.settings import check_stored, resolve
-from experiment.weights import MODEL_SETTINGS
+from experiment.weights import MODEL_SETTINGS, OF_IMAGES
 
 
 class Subject(NamedTuple):
@@ -44,11 +44,13 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     # The optimizer's state belongs to the weights that are trained, and not to their average.
     weights = "raw" if args.direction == "step" else None
     candidate = load_candidate(path, weights, vars(args))
+    check_part(candidate, args.images)
 
     state = candidate.checkpoint
-    settings = resolve({name: candidate.identity[name] for name in MODEL_SETTINGS})
-    if candidate.settings:
-        settings = check_stored(candidate.settings, path)
+    if not candidate.settings:
+        settings = resolve({name: candidate.identity[name] for name in MODEL_SETTINGS})
+    else:
+        settings = check_stored(candidate.settings, path) | {name: candidate.identity[name] for name in OF_IMAGES}
     if args.attack_eps is not None:
         eps = flags.length(args.attack_eps, settings["norm"], "--attack-eps").value
         settings = settings | {"attack_eps": eps, "attack_step": eps / 4}
@@ -82,12 +84,14 @@ def epoch_of(state: Mapping[str, Any]) -> int:
     return state["epoch"] if "epoch" in state else state["progress"]["epoch"]
 
 
-def autoattack_points(folder: Path | None, identity: Mapping[str, Any], norm: str) -> list[dict[str, float]]:
-    """Robust accuracy from the folder's autoattack.json, of the same weights under the same norm, by ε."""
+def autoattack_points(
+    folder: Path | None, identity: Mapping[str, Any], norm: str, part: str = "test"
+) -> list[dict[str, float]]:
+    """Robust accuracy from the folder's autoattack.json, of the same weights and part under the same norm, by ε."""
     points = []
     for record in [] if folder is None else Results(folder / "autoattack").current:
         same = all(record[key] == identity[key] for key in ("sha256", "weights"))
-        if same and record["norm"] == norm:
+        if same and record["norm"] == norm and record.get("part", "test") == part:
             share = record["robust_accuracy"]
             low, high = interval_of(round(share * record["n"]), record["n"])
             points.append({"eps": record["eps"], "share": share, "low": low, "high": high, "n": record["n"]})

@@ -1,4 +1,7 @@
-"""Datasets by name: `load_data(name, data_dir)`. A new dataset is one load function and one entry in DATASETS."""
+"""Datasets by name: `load_data(name, data_dir)`. A new dataset is one load function and one entry in DATASETS.
+
+A path in the place of a name is that of one's own images, a folder or an .npz file (data/own.py).
+"""
 
 import logging
 import os
@@ -10,27 +13,52 @@ import torch
 
 from data.cifar import load_cifar10, load_cifar100
 from data.digits import load_digits
-from data.files import Split, digest
+from data.files import DataFileError, Split, digest
 from data.generated import Auxiliary, content_of, load_auxiliary
-from data.loader import Loader, balanced_subset, first_examples, is_sorted, random_generator, to_input
+from data.loader import Loader, balanced_subset, class_shares, first_examples, is_sorted, random_generator, to_input
+from data.own import (
+    CONTENT,
+    HELD_OUT,
+    Prepared,
+    describe,
+    find_own,
+    has_test,
+    has_validation,
+    image_shape_of,
+    num_classes_of,
+    prepare_again,
+    same_classes,
+)
 from data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
+    "CONTENT",
     "DATASETS",
     "DEFAULT_DATA_DIR",
+    "HELD_OUT",
     "Auxiliary",
     "DatasetInfo",
     "Loader",
+    "Prepared",
     "Split",
     "balanced_subset",
     "content_of",
+    "describe",
     "digest",
     "find_data_dir",
+    "find_images",
     "first_examples",
+    "has_test",
+    "has_validation",
     "hold_out",
+    "image_shape",
+    "is_path",
     "is_sorted",
     "load_auxiliary",
     "load_data",
+    "load_images",
+    "num_classes",
+    "same_classes",
     "to_input",
 ]
 
@@ -75,6 +103,47 @@ def _info(name: str) -> DatasetInfo:
     return DATASETS[name]
 
 
+def is_path(name: str) -> bool:
+    """Whether a dataset's name is a path, that of one's own images."""
+    return os.path.isabs(name)
+
+
+def num_classes(name: str, content: str | None = None) -> int:
+    """The number of classes of a dataset; of own images, `content` tells it."""
+    return num_classes_of(content) if is_path(name) else _info(name).num_classes
+
+
+def image_shape(name: str, content: str | None = None) -> tuple[int, int, int]:
+    """(H, W, 3) of a dataset's images; of own images, `content` tells it."""
+    return image_shape_of(content) if is_path(name) else (_info(name).image_size, _info(name).image_size, 3)
+
+
+def find_images(
+    path: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None, content: str | None = None
+) -> Prepared:
+    """The own images at `path`, prepared now where they are not yet: below `data_dir`, beside them for the default.
+
+    image_size, content, errors: as for `data.own.find_own`.
+    """
+    below = None if data_dir is None or Path(data_dir) == DEFAULT_DATA_DIR else data_dir
+    return find_own(path, below, image_size, content)
+
+
+def load_images(
+    path: str, data_dir: str | os.PathLike | None = None, image_size: int | None = None, content: str | None = None
+) -> dict[str, Split]:
+    """The own images at `path`: "train", and where there are such "validation" and "test"; as `find_images`.
+
+    Large ones stay on disk, in `StoredImages`. Prepared files that are damaged are made again.
+    """
+    prepared = find_images(path, data_dir, image_size, content)
+    try:
+        return {part: prepared.split(part) for part in prepared.counts}
+    except DataFileError as error:
+        prepared = prepare_again(prepared, path, image_size, error)
+        return {part: prepared.split(part) for part in prepared.counts}
+
+
 def load_data(
     name: str, data_dir: str | os.PathLike = DEFAULT_DATA_DIR, *, download: bool = True
 ) -> tuple[Split, Split]:
@@ -94,6 +163,9 @@ def find_data_dir(name: str, stored: str | os.PathLike | None) -> Path:
     """
     stored = None if stored is None else Path(stored)
 
+    if is_path(name):  # which need not be there any more
+        return stored if stored is not None and os.path.isdir(stored) else DEFAULT_DATA_DIR
+
     def is_prepared(place: Path) -> bool:
         folder = _info(name).folder
         # Somebody else's folder may be closed to us: os.path says no where Path.is_file raises.
@@ -106,13 +178,20 @@ def find_data_dir(name: str, stored: str | os.PathLike | None) -> Path:
     return DEFAULT_DATA_DIR
 
 
-def hold_out(split: Split, name: str, seed: int, *, by_class: bool = True) -> tuple[Split, Split]:
+def hold_out(
+    split: Split, name: str, seed: int, *, by_class: bool = True, share: float | None = None
+) -> tuple[Split, Split]:
     """Divide a training split of dataset `name` into (train, validation), as the paper does (see DatasetInfo).
 
-    `seed` matters where the held-out part is not the first one. by_class: whether a number of images of a set that is
-    sorted by class is class-balanced; the first ones would be all that there is of a few classes. Raises ValueError if
-    nothing would be left to train on.
+    share: of own images, the seeded share that is held out of each class. `seed` matters where the held-out part is not
+    the first one. by_class: whether a number of images of a set that is sorted by class is class-balanced; the first
+    ones would be all that there is of a few classes. Raises ValueError if nothing would be left to train on.
     """
+    if is_path(name):
+        held = class_shares(split.labels, HELD_OUT if share is None else share, seed)
+        if not held.any():
+            raise ValueError(f"{name}: no class has two training images, one of which could be held out")
+        return Split(split.images[~held], split.labels[~held]), Split(split.images[held], split.labels[held])
     held_out, total = _info(name).held_out, len(split.labels)
     number = round(held_out * total) if isinstance(held_out, float) else held_out
     if not 0 < number < total:

@@ -11,10 +11,10 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -36,11 +36,24 @@ class Split(NamedTuple):
     labels: torch.Tensor
 
 
+def in_memory(images: Any) -> torch.Tensor:
+    """Images (N,H,W,3) uint8 as a tensor; those that stay on disk (data/stored.py) are read."""
+    return images if isinstance(images, torch.Tensor) else images.read()
+
+
 def digest(split: Split) -> str:
     """SHA-256 of a split's images and labels, which tells whether two are the same data."""
-    content = hashlib.sha256(f"{tuple(split.images.shape)}".encode())
-    content.update(split.images.contiguous().numpy())
-    content.update(split.labels.contiguous().numpy().astype("<i8"))
+    step = max(1, CHUNK // max(1, math.prod(split.images.shape[1:])))
+    blocks = (in_memory(split.images[i : i + step]).contiguous().numpy() for i in range(0, len(split.labels), step))
+    return digest_of(blocks, split.images.shape, split.labels.contiguous().numpy())
+
+
+def digest_of(blocks: Iterable[np.ndarray], shape: Iterable[int], labels: np.ndarray) -> str:
+    """`digest` of images (N,H,W,3) uint8 of this shape that come some at a time."""
+    content = hashlib.sha256(f"{tuple(shape)}".encode())
+    for block in blocks:
+        content.update(block)
+    content.update(labels.astype("<i8"))
     return content.hexdigest()
 
 
@@ -169,7 +182,8 @@ def read_chunks(archive: zipfile.ZipFile, member: Member) -> Iterator[bytes]:
         raise DataFileError(f"{archive.filename}: '{member.info.filename}' ends after {done} of {member.nbytes} bytes")
 
 
-def _read_member(archive: zipfile.ZipFile, member: Member) -> np.ndarray:
+def read_array(archive: zipfile.ZipFile, member: Member) -> np.ndarray:
+    """An array of an .npz file. Raises DataFileError if it ends early."""
     array = np.empty(member.shape, member.dtype)
     flat = array.reshape(-1).view(np.uint8)
     done = 0
@@ -194,7 +208,7 @@ def read_split(path: str | os.PathLike, *, image_size: int, num_classes: int) ->
             raise DataFileError(f"{path}: 'label' is {label.shape} {label.dtype}, expected ({image.shape[0]},) int64")
         if image.shape[0] == 0:
             raise DataFileError(f"{path}: holds no images")
-        images, labels = _read_member(archive, image), _read_member(archive, label)
+        images, labels = read_array(archive, image), read_array(archive, label)
     if labels.min() < 0 or labels.max() >= num_classes:
         raise DataFileError(f"{path}: labels {labels.min()} to {labels.max()}, expected 0 to {num_classes - 1}")
     return Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64, copy=False)))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from data.ahead import Readers, ahead
-from data.files import Split
+from data.files import Split, in_memory
 from data.generated import Auxiliary
 
 PADDING = 4  # of the random crop, in pixels
@@ -32,7 +32,7 @@ def random_generator(seed: int, purpose: str, epoch: int = 0, step: int = 0) -> 
 
 def to_input(images: torch.Tensor) -> torch.Tensor:
     """Turn images (n,H,W,3) uint8 into model input (n,3,H,W) float32 in [0,1], contiguous."""
-    return images.permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return in_memory(images).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def crop_and_flip(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
@@ -49,9 +49,10 @@ def crop_and_flip(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, f
 class Loader:
     """Batches of (x, y): x (n,3,H,W) float32 in [0,1], y (n,) int64, both on `device`.
 
-    The training images lie on `device` as uint8, and augmentation (random crop with padding 4, horizontal flip) is a
-    gather on the whole batch. All randomness is a function of (seed, epoch, step): there is no state to save, and
-    `epoch(e, start_step=k)` yields exactly what `epoch(e)` yields from step k on.
+    The training images lie on `device` as uint8, or are read a batch at a time where they stay on disk; augmentation
+    (random crop with padding 4, horizontal flip) is a gather on the whole batch. All randomness is a function of (seed,
+    epoch, step): there is no state to save, and `epoch(e, start_step=k)` yields exactly what `epoch(e)` yields from
+    step k on.
 
     An epoch is one pass over the shuffled training set, in ceil(len(train) / batch_size) steps with a smaller last
     batch. With auxiliary data, or a `steps_per_epoch` of one's own, every batch is full: round(batch_size *
@@ -142,7 +143,7 @@ class Loader:
         self, rows: np.ndarray, rng: np.random.Generator, extra: Split | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.from_numpy(rows).to(self.device)
-        images, labels = self.images[index], self.labels[index]
+        images, labels = in_memory(self.images[index]).to(self.device), self.labels[index]
         if extra is not None:
             images, labels = torch.cat([images, extra.images]), torch.cat([labels, extra.labels])
         if self.augment:
@@ -202,3 +203,16 @@ def balanced_subset(split: Split, n: int, seed: int) -> Split:
     chosen = np.sort(order[np.argsort(rank, kind="stable")[:n]])
     index = torch.from_numpy(chosen).to(split.labels.device)
     return Split(split.images[index], split.labels[index])
+
+
+def class_shares(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
+    """Which examples (n,) are a random share of those of each class: at least one, and never all of a class.
+
+    The same for the same seed.
+    """
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    order = torch.from_numpy(random_generator(seed, "hold out").permutation(len(labels)))
+    for label in labels.unique():
+        rows = order[labels[order] == label]
+        chosen[rows[: min(max(round(share * len(rows)), 1), len(rows) - 1)]] = True
+    return chosen

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,24 +23,35 @@ from pyautoattack.checks import check_square_sr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DATASETS, Split, to_input
+from data import Split, num_classes, to_input
 from evaluation.environment import device_name, versions
 from evaluation.results import Results
 from models.outputs import finite_outputs
 from storage.files import FileError
 
 CUSTOM = ["apgd-ce", "apgd-t", "fab-t"]
-VERSIONS = {"standard": [*CUSTOM, "square"], "custom": CUSTOM}
+VERSIONS = {"standard": [*CUSTOM, "square"], "custom": CUSTOM, "few-classes": ["apgd-ce", "fab-t", "square"]}
 
 
-def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int, num_classes: int, device: Any) -> AutoAttack:
-    """AutoAttack's standard version for a model in eval mode, ready for `attacks_to_run` to name one attack of it.
+def autoattack(
+    model: nn.Module,
+    *,
+    norm: str,
+    eps: float,
+    seed: int,
+    num_classes: int,
+    device: Any,
+    attacks: Sequence[str] = VERSIONS["standard"],
+) -> AutoAttack:
+    """AutoAttack's standard version for a model in eval mode, ready for `attacks_to_run` to name one of `attacks`.
 
     It attacks the nine likeliest other classes, or all where there are fewer. Raises ValueError below 4 classes, where
-    the targeted attacks have no loss.
+    the targeted APGD has no loss, if that is one of the attacks.
     """
-    if num_classes < 4:
-        raise ValueError(f"{num_classes} classes: AutoAttack's targeted attacks need at least 4")
+    if num_classes < 4 and "apgd-t" in attacks:
+        raise ValueError(
+            f"{num_classes} classes: AutoAttack's targeted APGD needs at least 4; --version few-classes leaves it out"
+        )
     attack = AutoAttack(model, norm=norm, eps=eps, seed=seed, version="standard", device=device)
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, num_classes - 1)
     return attack
@@ -75,8 +86,9 @@ class Attacker:
             norm=identity["norm"],
             eps=identity["eps"],
             seed=identity["seed"],
-            num_classes=DATASETS[identity["dataset"]].num_classes,
+            num_classes=num_classes(identity["dataset"], identity.get("dataset_content")),
             device=device,
+            attacks=VERSIONS[identity["version"]],
         )
 
     def __call__(self, batch: Batch) -> Found:
@@ -98,7 +110,8 @@ class Evaluation:
 
     The batches of an attack may be answered in any order, by whomever; they are written down in their own order, so
     that the record, finished or not, is the one that a single process writes. A context, at whose end the progress bar
-    goes. Raises FileError where what an interrupted evaluation left is damaged.
+    goes. Raises FileError where what an interrupted evaluation left is damaged, and ValueError where the images are none
+    that the attacks can take.
     """
 
     def __init__(
@@ -113,6 +126,11 @@ class Evaluation:
         self.identity, self.results, self.log, self.bar_position = identity, results, log, bar_position
         self.name, self.attacks, self.finished = _name(identity), VERSIONS[identity["version"]], False
         self.test_size = len(test.labels)
+        height, width = test.images.shape[1:3]
+        if height != width and "square" in self.attacks:
+            raise ValueError(
+                f"{width}x{height} images: AutoAttack's Square needs square ones; --version custom leaves it out"
+            )
         kinds = sorted({device_name(device) for device in devices})
         self.environment = {"device": ", ".join(kinds), "versions": versions()}
         self.bar: tqdm | None = None
@@ -236,7 +254,7 @@ def evaluate(
     """Attack the first images of `test`, going on where an interrupted evaluation stopped; returns the record.
 
     Raises FileError where what an interrupted evaluation left is damaged, and ValueError where an output of the model
-    is not finite.
+    is not finite, or the images are none that the attacks can take.
     """
     attacker = Attacker(model, test, identity, device)
     with (

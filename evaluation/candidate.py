@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from data import Split, balanced_subset, find_data_dir, is_sorted, load_data
-from experiment.build import build_model
+from data import Split, balanced_subset, find_data_dir, is_path, is_sorted, load_data
+from experiment.build import build_model, load_parts
 from experiment.weights import model_settings, read_weights
 from models.weights import load_weights
 
@@ -71,9 +71,37 @@ def leading(test: Split, n: int) -> tuple[Split, str]:
     return Split(test.images[order], test.labels[order]), "balanced"
 
 
-def load_test(candidate: Candidate, data_dir: str | None) -> Split:
-    """The test set of a checkpoint: below `data_dir`, or where it was trained from if that is there."""
+def load_test(candidate: Candidate, data_dir: str | None, part: str = "test") -> Split:
+    """The test images of a checkpoint's dataset: below `data_dir`, or where it was trained from if that is there.
+
+    part: as for `load_part`. Raises ValueError where the checkpoint does not say which images were held out.
+    """
     name, stored = candidate.identity["dataset"], candidate.settings.get("data_dir")
     if data_dir is None:
         data_dir = find_data_dir(name, stored if isinstance(stored, str) else None)
-    return load_data(name, data_dir)[1]
+    check_part(candidate, part)
+    return load_part({**candidate.settings, **candidate.identity, "data_dir": str(data_dir)}, part)
+
+
+def check_part(candidate: Candidate, part: str) -> None:
+    """Raise ValueError where images held out of training are wanted and a file of others does not say which."""
+    if part == "validation" and not candidate.settings:
+        raise ValueError(f"--images {part}: {candidate.identity['checkpoint']} does not say which were held out")
+
+
+def load_part(settings: Mapping[str, Any], part: str) -> Split:
+    """The images of a dataset to judge a model by, as a run's settings (or those of a model) name it.
+
+    part: "test", or "validation" for those that were held out of training, by which the best epoch was chosen. Raises
+    ValueError where there are no test images, with what to do.
+    """
+    name = settings["dataset"]
+    if part == "test" and not is_path(name):
+        return load_data(name, settings["data_dir"])[1]
+    parts = load_parts({"seed": 0, "rules": 2, "held_out": None, **settings})
+    if part not in parts:
+        raise ValueError(
+            f"{name} has no test images: put some into {name}/test/CLASS/, or name a folder that has them with "
+            "--dataset; or take those held out of training, by which the best epoch was chosen: --images validation"
+        )
+    return parts[part]

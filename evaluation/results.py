@@ -14,10 +14,11 @@ from storage.files import FileError, read_json, write_json
 
 IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
 IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
-IDENTITY += ["weights_key", "images", "test_sha256"]
+IDENTITY += ["weights_key", "images", "test_sha256", "part"]
 # What records of earlier versions lack, with what they were; None where that is not known. What they normalized by is
 # known, as it is of settings (`upgraded`).
-LATER = {"mean": None, "std": None, "weights_key": None, "images": "first", "test_sha256": None}
+LATER = {"image_size": None, "dataset_content": None, "part": "test"}
+LATER |= {"mean": None, "std": None, "weights_key": None, "images": "first", "test_sha256": None}
 # The names in a file under which those versions looked for each kind of weights, and no others.
 KEYS_BEFORE = {
     "average": {"average", "wa_model", "model_state_dict"},

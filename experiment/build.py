@@ -13,7 +13,19 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD
 
-from data import DATASETS, Split, balanced_subset, content_of, first_examples, hold_out, load_auxiliary, load_data
+from data import (
+    Split,
+    balanced_subset,
+    content_of,
+    first_examples,
+    hold_out,
+    image_shape,
+    is_path,
+    load_auxiliary,
+    load_data,
+    load_images,
+    num_classes,
+)
 from dyart.losses import SINGLE_STEP
 from models import create_model
 from models.wide_resnet import WideResNet
@@ -72,14 +84,30 @@ def generated_content(settings: Mapping[str, Any]) -> str | None:
     return content
 
 
+def load_parts(settings: Mapping[str, Any]) -> dict[str, Split]:
+    """The "train", "validation" and "test" images of a run, all of them; own images may be without the last."""
+    dataset, seed = settings["dataset"], settings["seed"]
+    if not is_path(dataset):
+        train, test = load_data(dataset, settings["data_dir"])
+        parts, division = {"train": train, "test": test}, {"by_class": settings["rules"] >= 2}
+    else:
+        content = settings["dataset_content"]
+        parts = load_images(dataset, settings["data_dir"], settings["image_size"], content)
+        if settings["held_out"] is None and "validation" in parts:
+            return parts
+        division = {"share": settings["held_out"]}
+    train, validation = hold_out(parts["train"], dataset, seed, **division)
+    return {**parts, "train": train, "validation": validation}
+
+
 def load_splits(settings: dict[str, Any], *, generated_too: bool = True) -> Data:
     """The images that the settings ask for. Raises ValueError where they ask for more than there are.
 
     generated_too: whether generated data is opened, which only training needs.
     """
-    train, _ = load_data(settings["dataset"], settings["data_dir"])
-    epoch_size = len(train.labels)
-    train, validation = hold_out(train, settings["dataset"], settings["seed"], by_class=settings["rules"] >= 2)
+    parts = load_parts(settings)
+    train, validation = parts["train"], parts["validation"]
+    epoch_size = len(train.labels) + len(validation.labels)
     subset = settings["train_subset"]
     if subset is not None:
         if subset > len(train.labels):
@@ -90,9 +118,9 @@ def load_splits(settings: dict[str, Any], *, generated_too: bool = True) -> Data
         raise ValueError(f"--validation-size {size}: only {len(validation.labels)} images are held out")
     generated = {}
     if settings["aux_data_filename"] is not None and generated_too:
-        info = DATASETS[settings["dataset"]]
-        shape = (info.image_size, info.image_size, 3)
-        kind = {"image_shape": shape, "num_classes": info.num_classes, "cache_dir": settings["cache_dir"]}
+        dataset = settings["dataset"], settings["dataset_content"]
+        kind = {"image_shape": image_shape(*dataset), "num_classes": num_classes(*dataset)}
+        kind |= {"cache_dir": settings["cache_dir"]}
         auxiliary = load_auxiliary(settings["aux_data_filename"], **kind)
         # The held-out images count for the length of an epoch, as in the paper.
         steps = math.ceil(epoch_size / settings["batch_size"])
@@ -112,15 +140,26 @@ def sample(split: Split, n: int, settings: dict[str, Any]) -> Split:
 
 def build_model(settings: dict[str, Any]) -> nn.Module:
     """The untrained model that the settings name, on the CPU."""
-    model = create_model(
-        settings["model"],
-        DATASETS[settings["dataset"]].num_classes,
-        mean=settings["mean"],
-        std=settings["std"],
-        normalize=settings["normalize"],
-        group_norm=settings["group_norm"],
-    )
+    dataset = settings["dataset"], settings.get("dataset_content")
+    kind = {name: settings[name] for name in ("mean", "std", "normalize", "group_norm")}
+    model = create_model(settings["model"], num_classes(*dataset), **kind)
+    if is_path(settings["dataset"]):
+        check_size(settings["model"], image_shape(*dataset))
     return model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
+
+
+def check_size(name: str, shape: tuple[int, int, int]) -> None:
+    """Raise ValueError where the model of this name does not take images of this shape (H, W, 3); computes nothing."""
+    height, width, channels = shape
+    with torch.device("meta"):
+        model = create_model(name).eval()
+        try:
+            model(torch.empty(1, channels, height, width))
+        except RuntimeError:
+            raise ValueError(
+                f"--model {name} does not take images of {width}x{height} (width x height): its layers halve them, "
+                "so their sides have to be multiples of 4 or 8; --image-size N makes them so"
+            ) from None
 
 
 def build_optimizer(model: nn.Module, stage: Stage, settings: dict[str, Any]) -> SGD:

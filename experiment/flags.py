@@ -112,6 +112,11 @@ def triple(text: str) -> list[float]:
     return values
 
 
+def path(text: str) -> str:
+    """The type of a flag for a path, which is made absolute: a run may be resumed from another folder."""
+    return str(Path(text).absolute())
+
+
 def whole(*, least: int = 0, most: float = math.inf) -> Callable[[str], int]:
     """The type of a flag that takes a whole number within bounds."""
     return _within(int, "a whole number", -math.inf, least, most)

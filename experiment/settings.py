@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 
-from data import DATASETS, DEFAULT_DATA_DIR
+from data import DATASETS, DEFAULT_DATA_DIR, describe, is_path
 from dyart.losses import LOSSES, SHARED, SHARED_STEPS, SINGLE_STEP
 from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS
 from dyart.projection import NORMS
 from experiment import flags
-from experiment.flags import add_switch, number, optional, whole
+from experiment.flags import add_switch, number, optional, path, whole
+from experiment.images import OWN, add_dataset_flags, add_own_flags, find_own_images, mean_and_std, resolve_images
 from experiment.schedules import SCHEDULES
 from models import create_model
 from storage.files import FileError
@@ -61,6 +63,11 @@ ATTACK_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
 MOMENTUM = 0.9
 
 
+def recipe_of(dataset: str) -> dict[str, Any]:
+    """The paper's recipe of a dataset; that of CIFAR-10 for one's own images, of which nothing is known."""
+    return CIFAR10 if is_path(dataset) else RECIPES[dataset]
+
+
 def recipe(
     dataset: str, method: str, *, generated: bool, group_norm: bool, norm: str = "Linf", name: str = "paper"
 ) -> dict[str, Any]:
@@ -68,9 +75,9 @@ def recipe(
 
     Raises ValueError where there is no recipe of this name.
     """
-    values = dict(RECIPES[dataset])
+    values = dict(recipe_of(dataset))
     if name == "short":
-        if dataset not in SHORT_DATASETS or generated or group_norm or norm != "Linf":
+        if not (dataset in SHORT_DATASETS or is_path(dataset)) or generated or group_norm or norm != "Linf":
             only = f"{', '.join(SHORT_DATASETS)} in Linf, without generated data and GroupNorm"
             raise ValueError(f"--recipe short: is for {only}; for others nobody has looked for one")
         values |= SHORT
@@ -92,14 +99,6 @@ def recipe(
 # --- Flags: after a clear name stands the released code's spelling of the same ----------------------------------------
 
 
-def dataset_name(text: str) -> str:
-    """A dataset's name; the released code's `cifar10s` is cifar10 that may take generated data."""
-    name = {"cifar10s": "cifar10", "cifar100s": "cifar100"}.get(text, text)
-    if name not in DATASETS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(DATASETS)}")
-    return name
-
-
 def model_name(text: str) -> str:
     """A model's name, checked by building it without memory for its weights."""
     try:
@@ -115,11 +114,6 @@ def folder_name(text: str) -> str:
     if "/" in text or "\0" in text or text in (".", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} cannot be the name of a folder; where it is made: --output-dir")
     return text
-
-
-def path(text: str) -> str:
-    """An absolute path: a run may be resumed from another folder."""
-    return str(Path(text).absolute())
 
 
 def released_beta(text: str) -> float:
@@ -146,7 +140,8 @@ def build_parser() -> flags.Parser:
     length = flags.length_text(positive)
 
     g = p.add_argument_group("what is trained")
-    g.add_argument("--dataset", "--data", type=dataset_name, default="cifar10", help=", ".join(DATASETS))
+    add_dataset_flags(g, "cifar10")
+    add_own_flags(g)
     g.add_argument("--data-dir", type=path, default=str(DEFAULT_DATA_DIR), help="where prepared datasets lie")
     g.add_argument(
         "--model",
@@ -278,9 +273,20 @@ ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
 PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content")
 # Settings that decide what others are by default; of a search's own there is TRAINING.
-DECIDING = ("dataset", "method", "recipe", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
+DECIDING = (
+    "dataset",
+    "dataset_content",
+    "method",
+    "recipe",
+    "model",
+    "norm",
+    "group_norm",
+    "aux_data_filename",
+    "pretrained",
+)
 # Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0, "recipe": "paper"}
+LATER |= dict.fromkeys(OWN)
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
 # What goes with each search in training. The released one ends some 5 % beyond the boundary, the others at it: trained
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
@@ -291,7 +297,7 @@ TRAINING = {
     "fab": {"search_steps": SEARCHES["fab"][1], "overshoot": 0.0, "high_quality": True},
 }
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
-NULLABLE |= {"cache_dir", "aux_data_content"}
+NULLABLE |= {"cache_dir", "aux_data_content", *OWN}
 NULLABLE |= {"mean", "std", "pretrained", "pretrained_weights", "aux_data_filename", "checkpoint_minutes"}
 
 # --- Settings: flags and recipe resolved, as they stand in args.yaml --------------------------------------------------
@@ -306,7 +312,7 @@ def parse(argv: list[str] | None) -> dict[str, Any]:
     if "resume" not in given:  # The model is the folder's there.
         dataset = given.get("dataset", parser.get_default("dataset"))
         hint = "; for one that does not: --mean 0,0,0 --std 1,1,1"
-        given = as_swish_models_do(given, given.get("model", RECIPES[dataset]["model"]), hint)
+        given = as_swish_models_do(given, given.get("model", recipe_of(dataset)["model"]), hint)
     return given
 
 
@@ -387,6 +393,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     # What is given goes before the recipe.
     group_norm, name = values["group_norm"], values["recipe"]
     values = recipe(dataset, method, generated=generated, group_norm=group_norm, norm=norm, name=name) | values
+    values |= resolve_images(values)
     values |= resolve_normalization(values)
     values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])
     values.setdefault("attack_step", values["attack_eps"] / 4)
@@ -437,8 +444,9 @@ def resolve_normalization(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"--std {flags.plain(given['std'])}: must be positive")
     if normalize is None:
         normalize = bool(given) or values["model"].endswith("-swish")
-    info = DATASETS[values["dataset"]]
-    usual = {"mean": list(info.mean), "std": list(info.std)} if normalize else {"mean": None, "std": None}
+    usual = {"mean": None, "std": None}
+    if normalize and len(given) < 2:
+        usual = mean_and_std(values)
     return {"normalize": normalize, **usual, **given}
 
 
@@ -463,8 +471,8 @@ def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, A
     for name, value in resolve({}).items():
         kind = float if value is None else type(value)
         texts = ("pretrained", "pretrained_weights", "aux_data_filename", "aux_data_content", "cache_dir")
-        kind = str if name in texts else kind
-        kind = int if name in ("train_subset", "search_steps", "validation_size") else kind
+        kind = str if name in (*texts, "dataset_content") else kind
+        kind = int if name in ("train_subset", "search_steps", "validation_size", "image_size") else kind
         kind = list if name in ("mean", "std") else kind
         spec[name] = (kind, type(None)) if name in NULLABLE else kind
     check_settings(settings, spec, source)
@@ -476,6 +484,8 @@ def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, A
     parser = build_parser()
     parser.error = refuse
     parser.parse_args(argv)
+    if is_path(settings["dataset"]) != (settings["dataset_content"] is not None):
+        refuse(f"dataset {settings['dataset']} with dataset_content {settings['dataset_content']}")
     return {name: settings[name] for name in spec}
 
 
@@ -501,10 +511,24 @@ def check_settings(
         raise FileError(f"{source}: " + "; ".join(problems))
 
 
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide what others are by default; own images also decide by their mean and deviation."""
+    own = ("normalize", "mean", "std") if is_path(settings["dataset"]) else ()
+    return {name: settings[name] for name in (*DECIDING, *own)}
+
+
+def as_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as args.yaml has them, and what there is to know of own images as comments."""
+    text = yaml.safe_dump(dict(settings), sort_keys=False)
+    if is_path(settings["dataset"]):
+        text += "".join(f"# {line}\n" for line in describe(find_own_images(settings)).splitlines())
+    return text
+
+
 def default_name(settings: dict[str, Any]) -> str:
     """dataset-method-model and each setting that differs from the recipe."""
-    usual = resolve({name: settings[name] for name in DECIDING}) | TRAINING[settings["search"]]
-    words = [settings["dataset"], settings["method"], settings["model"]]
+    usual = resolve(deciding(settings)) | TRAINING[settings["search"]]
+    words = [Path(settings["dataset"]).stem, settings["method"], settings["model"]]
     words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]
     words += ["generated"] if settings["aux_data_filename"] else []
     words += ["short"] if settings["recipe"] == "short" else []

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
-from data import Loader, content_of, find_data_dir
+from data import Loader, content_of, find_data_dir, find_images, is_path
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
 from dyart.losses import SHARED
@@ -225,17 +225,25 @@ def _is_number(text: Any, value: float | None) -> bool:
 
 
 def moved_data(given: Mapping[str, Any], stored: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """The settings of generated data that lies elsewhere now. Raises ValueError where it is not the data of the run."""
+    """The settings of own images and generated data that lie elsewhere now.
+
+    Raises ValueError where they are not those of the run.
+    """
+    moved = {}
+    dataset, data_dir = given.get("dataset", stored["dataset"]), given.get("data_dir", stored["data_dir"])
+    if dataset != stored["dataset"] and is_path(dataset) and is_path(stored["dataset"]):
+        find_images(dataset, data_dir, stored["image_size"], stored["dataset_content"])
+        moved["dataset"] = dataset
     path = given.get("aux_data_filename")
     if path is None or stored["aux_data_filename"] in (None, path):
-        return {}
+        return moved
     known = stored["aux_data_content"]
     if known is None and os.path.isfile(stored["aux_data_filename"]):
         known = content_of(stored["aux_data_filename"])  # of a run from before that was kept, which may be asked still
     content = generated_content({"aux_data_filename": path, "aux_data_content": known})
     if known is None:
         tqdm.write(f"{experiment.folder} does not know which generated data it had: {path} is taken for it")
-    return {"aux_data_filename": path, "aux_data_content": content}
+    return moved | {"aux_data_filename": path, "aux_data_content": content}
 
 
 def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
@@ -245,7 +253,9 @@ def check_place(loaded: Loaded, settings: dict[str, Any]) -> None:
     if not isinstance(state.get("settings"), dict):
         raise FileError(f"{path}: no settings in it")
     theirs = upgraded(state["settings"])
-    may_differ = {*PLACE, "aux_data_filename"} | ({"epochs"} if SCHEDULES[settings["scheduler"]].extendable else set())
+    # Those of data stand beside its content.
+    may_differ = {*PLACE, "aux_data_filename"} | ({"dataset"} if is_path(settings["dataset"]) else set())
+    may_differ |= {"epochs"} if SCHEDULES[settings["scheduler"]].extendable else set()
     for name in settings.keys() - may_differ:
         if name not in theirs or theirs[name] != settings[name]:
             raise FileError(

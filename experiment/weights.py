@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from data import DATASETS
+from data import CONTENT, DATASETS, is_path, same_classes
 from experiment import flags
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
+from experiment.images import add_dataset_flags, resolve_images
 from experiment.settings import (
     add_normalization_flags,
     as_swish_models_do,
     check_settings,
-    dataset_name,
     flag_of,
     resolve_normalization,
     upgraded,
@@ -33,7 +33,12 @@ logger = logging.getLogger(__name__)
 # The settings that make a checkpoint's model and choose its data.
 MODEL_SETTINGS = {"dataset": str, "model": str, "group_norm": bool, "normalize": bool}
 MODEL_SETTINGS |= {"mean": (list, type(None)), "std": (list, type(None))}
+MODEL_SETTINGS |= {"image_size": (int, type(None)), "dataset_content": (str, type(None))}
 
+# Those that choose the data: of own images, other ones of the same classes go with the same weights.
+OF_IMAGES = ("dataset", "image_size", "dataset_content")
+
+IMAGES_HELP = "which; validation: those held out of training, by which the best epoch was chosen"
 WEIGHTS_HELP = "of a file with several: average, raw or a name in the file (the average, where there is one)"
 
 # --- Which weights ----------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ def add_model_flags(parser: flags.Parser, default_model: str | None = None) -> N
     g = parser.add_argument_group("for a file without settings in it, as others write them")
     shown = f" ({default_model})" if default_model else ""
     g.add_argument("--model", default=None, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD" + shown)
-    g.add_argument("--dataset", "--data", type=dataset_name, default=None, help=", ".join(DATASETS) + " (cifar10)")
+    add_dataset_flags(g)
     flags.add_switch(g, "--group-norm", "--GroupNorm", default=None, help="GroupNorm in the place of BatchNorm")
     add_normalization_flags(g, default=None)
 
@@ -135,19 +140,27 @@ def model_settings(weights: Weights, path: Path, given: Mapping[str, Any]) -> di
     file keeps among its weights are its model's. Raises ValueError where file and flags differ, FileError where the
     file's settings are no such settings.
     """
+    data_dir = given.get("data_dir")
     given = {name: given[name] for name in MODEL_SETTINGS if given.get(name) is not None}
     statistics = statistics_of(weights.state_dict)
     if weights.settings is not None:
         settings = model_settings_of(weights.settings, path)
         if "mean" not in weights.settings:  # Then the flag was kept as it was given, and said nothing of Swish models.
             given = as_swish_models_do(given, settings["model"], f" ({path})")
+        if is_path(given.get("dataset", "")) and is_path(settings["dataset"]):  # other images of the same classes
+            given = {"image_size": settings["image_size"], **given}
+            given["dataset_content"] = resolve_images({**given, "data_dir": data_dir})["dataset_content"]
+            check_same_model(given, settings, path)
+            return settings | {name: given[name] for name in OF_IMAGES}
     elif "model" not in given:
         raise ValueError(f"{path} has no settings in it: say what it is with --model (and --dataset, --normalize)")
     else:
-        settings = {"dataset": "cifar10", "group_norm": False, "normalize": None, **given}
+        settings = {"dataset": "cifar10", "group_norm": False, "normalize": None, "image_size": None, **given}
+        content = resolve_images({**settings, "data_dir": data_dir}).get("dataset_content")
+        settings |= {"dataset_content": content}
         if statistics and settings["normalize"] is not False:
             settings = statistics | settings
-        settings |= resolve_normalization(settings)
+        settings |= resolve_normalization({**settings, "data_dir": data_dir})
         if not settings["normalize"] and settings["model"].endswith("-swish"):
             though = "though the Swish models of train.py and of the released code do"
             logger.warning("--normalize false: %s is taken not to normalize, %s", path, though)
@@ -164,14 +177,25 @@ def model_settings_of(settings: Mapping[str, Any], path: Path) -> dict[str, Any]
         numbers = settings[name] is None or [type(value) for value in settings[name]] == [float] * 3
         if not numbers or (settings[name] is None) == settings["normalize"]:
             raise FileError(f"{path}: {name} {settings[name]} with normalize {settings['normalize']}")
-    if settings["dataset"] not in DATASETS:
-        raise FileError(f"{path}: unknown dataset {settings['dataset']!r}; known are {', '.join(DATASETS)}")
+    name, content = settings["dataset"], settings["dataset_content"]
+    if name not in DATASETS and not is_path(name):
+        raise FileError(f"{path}: unknown dataset {name!r}; known are {', '.join(DATASETS)}")
+    if is_path(name) != bool(content and CONTENT.fullmatch(content)):
+        raise FileError(f"{path}: dataset {name} with dataset_content {content}")
     return settings
 
 
 def check_same_model(wanted: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError, naming all that differs, where a file was trained as another model than the one wanted."""
     differ = [name for name in MODEL_SETTINGS if name in wanted and wanted[name] != theirs[name]]
+    if wanted.get("dataset_content") and theirs["dataset_content"]:
+        differ = [name for name in differ if name not in OF_IMAGES]
+        if not same_classes(wanted["dataset_content"], theirs["dataset_content"]):
+            counts = [values["dataset_content"].partition("x")[0] for values in (wanted, theirs)]
+            raise ValueError(
+                f"--dataset {wanted['dataset']}: {path} was trained on other classes, those of {theirs['dataset']} "
+                f"({counts[0]} here, {counts[1]} there; their names and order count)"
+            )
     if differ:
         asked, trained = (
             " ".join(f"{flag_of(name)} {flags.plain(values[name])}" for name in differ) for values in (wanted, theirs)

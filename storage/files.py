@@ -39,6 +39,12 @@ def one_line(message: object, most: int | None = None) -> str:
     return " ".join(str(message).split())[:most] or type(message).__name__
 
 
+def few(names: Sequence[str], most: int = 3) -> str:
+    """The first few of a list of names, and how many there are beside them."""
+    beside = len(names) - most
+    return ", ".join(names[:most]) + (f" and {beside} more" if beside > 0 else "")
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading. Raises FileError for a pipe, which would wait for ever, and for a device."""
     if not stat.S_ISREG(os.stat(path).st_mode):
