@@ -110,8 +110,8 @@ class Evaluation:
 
     The batches of an attack may be answered in any order, by whomever; they are written down in their own order, so
     that the record, finished or not, is the one that a single process writes. A context, at whose end the progress bar
-    goes. Raises FileError where what an interrupted evaluation left is damaged, and ValueError where the images are none
-    that the attacks can take.
+    goes. Raises FileError where what an interrupted evaluation left is damaged, and ValueError where the images are
+    none that the attacks can take.
     """
 
     def __init__(
