@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[1]
 # Xu et al., 2023: every setting of DyART on CIFAR-10, and where the other recipes differ from it.
 CIFAR10 = {
     "dataset": "cifar10",
+    "image_size": None,
+    "held_out": None,
+    "dataset_content": None,
     "data_dir": str(ROOT / "data"),
     "model": "wrn-28-10-swish",
     "group_norm": False,
