@@ -114,7 +114,7 @@ def test_fewer_than_ten_classes_have_fewer_targets(classes):
         attacker.attacks_to_run = [name]
         _, predicted = attacker.run_standard_evaluation(x, y)
         assert (predicted == y).all()
-    with pytest.raises(ValueError, match="3 classes: AutoAttack's targeted attacks need at least 4"):
+    with pytest.raises(ValueError, match="3 classes: AutoAttack's targeted APGD needs at least 4"):
         attack.autoattack(model, norm="Linf", eps=0.1, seed=0, num_classes=3, device="cpu")
 
 

@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[1]
 # Xu et al., 2023: every setting of DyART on CIFAR-10, and where the other recipes differ from it.
 CIFAR10 = {
     "dataset": "cifar10",
+    "image_size": None,
+    "held_out": None,
+    "dataset_content": None,
     "data_dir": str(ROOT / "data"),
     "model": "wrn-28-10-swish",
     "group_norm": False,
@@ -297,7 +300,10 @@ BAD = {
     "unsup-fraction": [("1.1", "at most 1"), ("-0.1", "at least 0")],
     "beta": [("0", "above 0"), ("-2", "at least -1"), ("-0.5", "above 0"), ("x", "a number")],
     "dataset": [("cifar", "cifar10, cifar100, tiny-imagenet, digits")],
-    "data": [("mnist", "cifar10, cifar100, tiny-imagenet, digits")],
+    "data": [("mnist", "cifar10, cifar100, tiny-imagenet, digits"), ("./mnist", "no such folder, or .npz file")],
+    "image-size": [("0", "at least 8"), ("7.5", "at least 8"), ("32", "cifar10 has its own")],
+    "held-out": [("0", "above 0"), ("1", "at most 0.9"), ("0.1", "cifar10 has its own")],
+    "dataset-content": [("5x8x8", "does not tell images")],
     "model": [
         ("wrn-29-10", "wrn-D-W"),
         ("wrn-28-0", "wrn-D-W"),
