@@ -16,6 +16,7 @@ from torch.optim import SGD
 from data import DATASETS, Split, balanced_subset, content_of, first_examples, hold_out, load_auxiliary, load_data
 from dyart.losses import SINGLE_STEP
 from models import create_model
+from models.own import check_model, is_own
 from models.wide_resnet import WideResNet
 
 
@@ -111,16 +112,21 @@ def sample(split: Split, n: int, settings: dict[str, Any]) -> Split:
 
 
 def build_model(settings: dict[str, Any]) -> nn.Module:
-    """The untrained model that the settings name, on the CPU."""
+    """The untrained model that the settings name, on the CPU; one's own is looked at first. Raises ValueError."""
+    info = DATASETS[settings["dataset"]]
     model = create_model(
         settings["model"],
-        DATASETS[settings["dataset"]].num_classes,
+        info.num_classes,
         mean=settings["mean"],
         std=settings["std"],
         normalize=settings["normalize"],
         group_norm=settings["group_norm"],
     )
-    return model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
+    model = model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
+    if is_own(settings["model"]):
+        channels_last = settings["channels_last"]
+        check_model(model, settings["model"], info.num_classes, info.image_size, channels_last=channels_last)
+    return model
 
 
 def build_optimizer(model: nn.Module, stage: Stage, settings: dict[str, Any]) -> SGD:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from experiment import flags
 from experiment.flags import add_switch, number, optional, whole
 from experiment.schedules import SCHEDULES
 from models import create_model
+from models.own import content_of_own, is_own, short_name, use_own
 from storage.files import FileError
 
 logger = logging.getLogger(__name__)
@@ -101,8 +103,11 @@ def dataset_name(text: str) -> str:
 
 
 def model_name(text: str) -> str:
-    """A model's name, checked by building it without memory for its weights."""
+    """A model's name, checked by building it without memory for its weights; one's own is checked where it is used."""
     try:
+        if is_own(text):
+            short_name(text)
+            return text
         with torch.device("meta"):
             create_model(text)
     except ValueError as error:
@@ -152,7 +157,8 @@ def build_parser() -> flags.Parser:
         "--model",
         type=model_name,
         default=from_recipe,
-        help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD (the recipe's)",
+        help="wrn-D-W[-swish], preact-resnetD[-swish], resnetD, or your own, FILE.py:FUNCTION or "
+        "PACKAGE.MODULE:FUNCTION (the recipe's)",
     )
     add_switch(g, "--group-norm", "--GroupNorm", default=False, help="GroupNorm in the place of BatchNorm")
     add_normalization_flags(g, default=from_recipe)
@@ -255,6 +261,8 @@ def build_parser() -> flags.Parser:
     add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
     add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
+    # The file of one's own model when the run began, for when it has changed; filled in by `resolve`.
+    p.add_argument("--model-content", default=None, help=argparse.SUPPRESS)
     # What has changed in how settings are followed. 2: validation images, class-balanced where a dataset is sorted; the
     # momentum of BatchNorm's statistics in short runs.
     p.add_argument("--rules", type=whole(least=1, most=2), default=2, help=argparse.SUPPRESS)
@@ -276,12 +284,13 @@ LENGTHS = ("r0", "init_radius", "attack_eps", "attack_step")
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
-PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content")
+PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content", "model_content")
 # Settings that decide what others are by default; of a search's own there is TRAINING.
 DECIDING = ("dataset", "method", "recipe", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
 # Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0, "recipe": "paper"}
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
+LATER |= {"model_content": None}
 # What goes with each search in training. The released one ends some 5 % beyond the boundary, the others at it: trained
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
 # trained 5 % beyond them, alike.
@@ -291,7 +300,7 @@ TRAINING = {
     "fab": {"search_steps": SEARCHES["fab"][1], "overshoot": 0.0, "high_quality": True},
 }
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
-NULLABLE |= {"cache_dir", "aux_data_content"}
+NULLABLE |= {"cache_dir", "aux_data_content", "model_content"}
 NULLABLE |= {"mean", "std", "pretrained", "pretrained_weights", "aux_data_filename", "checkpoint_minutes"}
 
 # --- Settings: flags and recipe resolved, as they stand in args.yaml --------------------------------------------------
@@ -303,6 +312,8 @@ def parse(argv: list[str] | None) -> dict[str, Any]:
     namespace = argparse.Namespace(**{action.dest: left_out for action in parser._actions})
     given = vars(parser.parse_args(argv, namespace))
     given = translate({name: value for name, value in given.items() if value is not left_out})
+    if is_own(given.get("model", "")):
+        given["model"] = use_own(given["model"])
     if "resume" not in given:  # The model is the folder's there.
         dataset = given.get("dataset", parser.get_default("dataset"))
         hint = "; for one that does not: --mean 0,0,0 --std 1,1,1"
@@ -387,7 +398,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     # What is given goes before the recipe.
     group_norm, name = values["group_norm"], values["recipe"]
     values = recipe(dataset, method, generated=generated, group_norm=group_norm, norm=norm, name=name) | values
-    values |= resolve_normalization(values)
+    values |= resolve_normalization(values) | {"model_content": content_of_own(values["model"])}
     values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])
     values.setdefault("attack_step", values["attack_eps"] / 4)
     alone = [name for name in ("high_quality", "init_radius", "cuda_graphs") if values.get(name)]
@@ -430,6 +441,10 @@ def resolve_normalization(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: values[name] for name in ("mean", "std") if values.get(name) is not None}
     normalize = values.get("normalize")
+    if is_own(values["model"]) and (given or normalize):
+        flag = f"--{next(iter(given), 'normalize')}"
+        where = "inside it, or not at all (models/normalization.py has a layer for it)"
+        raise ValueError(f"{flag}: a model of your own, {values['model']}, normalizes {where}")
     if given and normalize is False:
         name, value = next(iter(given.items()))
         raise ValueError(f"--{name} {flags.plain(value)}: without effect where --normalize is false")
@@ -463,6 +478,7 @@ def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, A
     for name, value in resolve({}).items():
         kind = float if value is None else type(value)
         texts = ("pretrained", "pretrained_weights", "aux_data_filename", "aux_data_content", "cache_dir")
+        texts += ("model_content",)
         kind = str if name in texts else kind
         kind = int if name in ("train_subset", "search_steps", "validation_size") else kind
         kind = list if name in ("mean", "std") else kind
@@ -504,7 +520,8 @@ def check_settings(
 def default_name(settings: dict[str, Any]) -> str:
     """dataset-method-model and each setting that differs from the recipe."""
     usual = resolve({name: settings[name] for name in DECIDING}) | TRAINING[settings["search"]]
-    words = [settings["dataset"], settings["method"], settings["model"]]
+    model = re.sub(r"(\.py)?:", "-", settings["model"])  # of one's own
+    words = [settings["dataset"], settings["method"], model]
     words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]
     words += ["generated"] if settings["aux_data_filename"] else []
     words += ["short"] if settings["recipe"] == "short" else []
