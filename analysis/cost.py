@@ -27,7 +27,7 @@ from evaluation.candidate import load_candidate, load_test
 from experiment import flags
 from experiment.build import build_model, loss_options
 from experiment.folder import named_checkpoints
-from experiment.settings import resolve, resolve_normalization
+from experiment.settings import resolve, resolve_normalization, with_own_model
 from experiment.weights import MODEL_SETTINGS
 
 # The training steps that are timed: the method, and its settings where they are not the recipe's.
@@ -79,7 +79,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     device = flags.device(options["device"])
     norm = options["norm"]
     if target is None:
-        named = {name: options[name] for name in MODEL_SETTINGS if options[name] is not None}
+        named = with_own_model({name: options[name] for name in MODEL_SETTINGS if options[name] is not None})
         identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, **named}
         identity |= resolve_normalization(identity)
         torch.manual_seed(options["seed"])
@@ -102,7 +102,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         model.compile()
     if target is None:
         with torch.no_grad():
-            [module for module in model.modules() if isinstance(module, nn.Linear)][-1].weight *= 100
+            [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1].weight *= 100
             # So that it is as sure with the statistics of the batch, in training, as with the running ones.
             with batch_norm_momentum(model, lambda usual: 1.0):
                 model.train()(x[: options["batch_size"]])

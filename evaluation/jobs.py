@@ -20,6 +20,7 @@ from evaluation.attack import evaluate
 from evaluation.environment import make_reproducible
 from evaluation.results import Results
 from experiment import flags
+from models.own import use_own, used
 
 
 class Task(NamedTuple):
@@ -53,7 +54,7 @@ def evaluate_all(
     try:
         for position in range(jobs):
             channel, remote = context.Pipe()
-            worker = context.Process(target=_work, args=(remote, device, threads, position), daemon=True)
+            worker = context.Process(target=_work, args=(remote, device, threads, position, used()), daemon=True)
             worker.start()
             remote.close()
             workers[channel] = worker
@@ -116,8 +117,11 @@ class _Remote(NamedTuple):
         self.channel.send(("finish", record))
 
 
-def _work(channel: Connection, device: torch.device, threads: int, position: int) -> None:
-    """Evaluate one task after another from `channel`, until the process that sends them ends, however it ends."""
+def _work(channel: Connection, device: torch.device, threads: int, position: int, own_models: list[str]) -> None:
+    """Evaluate one task after another from `channel`, until the process that sends them ends, however it ends.
+
+    own_models: the models of one's own that its command line names, whose classes are unpickled here.
+    """
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -129,6 +133,8 @@ def _work(channel: Connection, device: torch.device, threads: int, position: int
     torch.set_num_threads(threads)
     flags.print_on()
     make_reproducible()
+    for text in own_models:
+        use_own(text)
     while True:
         try:
             task, record, path = channel.recv()

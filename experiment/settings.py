@@ -259,6 +259,7 @@ def build_parser() -> flags.Parser:
     graphs = "on a GPU, replay the boundary search from a captured graph (not with --detect-anomaly)"
     add_switch(g, "--cuda-graphs", default=False, help=graphs)
     add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
+    add_switch(g, "--tensorboard", default=False, help="curves, margins and images, too (needs the package)")
     add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
     # The file of one's own model when the run began, for when it has changed; filled in by `resolve`.
@@ -284,13 +285,13 @@ LENGTHS = ("r0", "init_radius", "attack_eps", "attack_step")
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
-PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content", "model_content")
+PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content", "model_content", "tensorboard")
 # Settings that decide what others are by default; of a search's own there is TRAINING.
 DECIDING = ("dataset", "method", "recipe", "model", "norm", "group_norm", "aux_data_filename", "pretrained")
 # Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0, "recipe": "paper"}
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
-LATER |= {"model_content": None}
+LATER |= {"model_content": None, "tensorboard": False}
 # What goes with each search in training. The released one ends some 5 % beyond the boundary, the others at it: trained
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
 # trained 5 % beyond them, alike.
@@ -312,13 +313,18 @@ def parse(argv: list[str] | None) -> dict[str, Any]:
     namespace = argparse.Namespace(**{action.dest: left_out for action in parser._actions})
     given = vars(parser.parse_args(argv, namespace))
     given = translate({name: value for name, value in given.items() if value is not left_out})
-    if is_own(given.get("model", "")):
-        given["model"] = use_own(given["model"])
+    given = with_own_model(given)
     if "resume" not in given:  # The model is the folder's there.
         dataset = given.get("dataset", parser.get_default("dataset"))
         hint = "; for one that does not: --mean 0,0,0 --std 1,1,1"
         given = as_swish_models_do(given, given.get("model", RECIPES[dataset]["model"]), hint)
     return given
+
+
+def with_own_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a command line, a model of one's own by its short name; its code runs here. Raises ValueError."""
+    model = given.get("model")
+    return {**given, "model": use_own(model)} if model is not None and is_own(model) else dict(given)
 
 
 def as_swish_models_do(given: dict[str, Any], model: str, hint: str = "") -> dict[str, Any]:

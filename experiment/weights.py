@@ -24,8 +24,9 @@ from experiment.settings import (
     flag_of,
     resolve_normalization,
     upgraded,
+    with_own_model,
 )
-from models.own import check_used, content_of_own, is_own, use_own
+from models.own import check_used, content_of_own, is_own
 from models.weights import load_weights, statistics_of
 from storage.files import FileError
 
@@ -137,9 +138,7 @@ def model_settings(weights: Weights, path: Path, given: Mapping[str, Any]) -> di
     file keeps among its weights are its model's. Raises ValueError where file and flags differ, FileError where the
     file's settings are no such settings.
     """
-    given = {name: given[name] for name in MODEL_SETTINGS if given.get(name) is not None}
-    if is_own(given.get("model", "")):
-        given["model"] = use_own(given["model"])
+    given = with_own_model({name: given[name] for name in MODEL_SETTINGS if given.get(name) is not None})
     statistics = statistics_of(weights.state_dict)
     if weights.settings is not None:
         settings = model_settings_of(weights.settings, path)
