@@ -227,7 +227,9 @@ def loading(identity: Mapping[str, Any], out: Path) -> list[str]:
         where, _, function = name.rpartition(":")
         lines[1] = f"from {where.removesuffix('.py')} import {function}"
         lines += [f"model = {function}(num_classes={classes})"]
-        lines += ["models.normalization.replace_batch_norm(model)"] if identity["group_norm"] else []
+        if identity["group_norm"]:
+            lines[2:2] = ["from models.normalization import replace_batch_norm"]
+            lines += ["replace_batch_norm(model)"]
     else:
         lines += [f"model = create_model({name!r}, {classes}, mean={identity['mean']}, std={identity['std']},"]
         lines += [f"                     normalize={identity['normalize']}, group_norm={identity['group_norm']})"]

@@ -184,6 +184,7 @@ def _holds_a_model(path: Path) -> bool:
             with zipfile.ZipFile(file) as archive:
                 start = archive.open(f"{archive.namelist()[0].split('/')[0]}/data.pkl").read(1 << 20)
         else:
+            file.seek(0)
             start = file.read(1 << 20)
         return b"_parameters" in start and b"_modules" in start or b"__torch__" in start
     return False  # Of what cannot be looked at nothing is said.

@@ -47,7 +47,7 @@ def short_name(text: str) -> str:
     Runs nothing. Raises ValueError for what names no function in a file or module.
     """
     where, _, function = text.rpartition(":")
-    is_file = where.endswith(".py") and Path(where).stem != ""
+    is_file = Path(where).suffix == ".py"
     if not function.isidentifier() or not (is_file or re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", where)):
         raise ValueError(f"model {text!r}: a model of one's own is {FORM}")
     return f"{Path(where).name}:{function}" if is_file else text

@@ -1,4 +1,4 @@
-"""Models of one's own: from a file or a module, looked at before they are trained, and never run because a file says so."""
+"""Models of one's own: from a file or a module, looked at before they are trained, not run because a file says so."""
 
 import os
 import re
@@ -141,8 +141,8 @@ LOGITS = "self.head(self.features(x).mean((2, 3)))"
         (variant(f"return {LOGITS} + torch.nn.functional.dropout(x.mean())"), "differs by .* two passes in eval mode"),
         (variant("self.norm.train()\nreturn " + LOGITS), "gives an image other logits in eval mode where other images"),
         (
-            variant("self.norm.running_mean += 1e-8\nreturn " + LOGITS),
-            "changes norm.running_mean in eval mode",
+            variant("self.norm.num_batches_tracked += 1\nreturn " + LOGITS),
+            "changes norm.num_batches_tracked in eval mode",
         ),
         (
             variant("return self.head(self.features(x).view(len(x), -1)[:, :8])"),
