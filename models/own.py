@@ -100,6 +100,7 @@ def make_own(name: str, num_classes: int) -> nn.Module:
         raise ValueError(f"--model {where}: with num_classes={num_classes} it raises {_described(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {where}: it returns a {type(model).__name__}, not a torch.nn.Module")
+    _check_parameters(model, f"--model {where}: the model")
     return model
 
 
@@ -156,7 +157,6 @@ def check_model(model: nn.Module, name: str, num_classes: int, image_size: int, 
     global random generators stay as they are. Raises ValueError, in one line that names what does not fit.
     """
     problem = f"--model {_USED[name].where if name in _USED else name}: the model"
-    _check_parameters(model, problem)
     try:
         trial = copy.deepcopy(model)
     except Exception as error:

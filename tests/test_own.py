@@ -110,6 +110,7 @@ def variant(body: str, of: str = "Net(num_classes)", before: str = "") -> str:
     )
 
 
+MADE = "def small(num_classes):\n    net = Net(num_classes)\n    {}\n    return net\n"
 LOGITS = "self.head(self.features(x).mean((2, 3)))"
 
 
@@ -195,7 +196,7 @@ def test_flags_that_do_not_go_with_it_are_refused(tmp_path, capsys, argv, said):
         HEAD + "class small(Net): pass",  # A class is called like a function.
         HEAD + "from beside import small",
         # Without BatchNorm, in a layout where the images are flattened by view.
-        "from torch import nn\ndef small(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))",
+        HEAD + "def small(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3072, num_classes))",
     ],
 )
 def test_what_fits_is_taken_and_left_as_it_was(tmp_path, text):
@@ -213,9 +214,9 @@ def test_what_fits_is_taken_and_left_as_it_was(tmp_path, text):
 
 
 def test_group_norm_takes_the_place_of_plain_batch_norm_only(tmp_path, capsys):
-    path = written(tmp_path, GOOD + "\n\nclass ActNorm(nn.BatchNorm2d):\n    pass\n\n"
-        "def act(num_classes):\n    net = Net(num_classes)\n    net.norm = ActNorm(8)\n    return net\n\n"
-        "def none(num_classes):\n    net = Net(num_classes)\n    net.norm = nn.Identity()\n    return net\n")  # fmt: skip
+    text = GOOD + "\n\nclass ActNorm(nn.BatchNorm2d):\n    pass\n\n"
+    text += MADE.replace("small", "act").format("net.norm = ActNorm(8)")
+    path = written(tmp_path, text + MADE.replace("small", "none").format("net.norm = nn.Identity()"))
     model = build_model(settings(*own(path), "--group-norm"))
     assert type(model.norm) is nn.GroupNorm and model.norm.num_groups == 8
     for function, said in (("act", "place of norm, a ActNorm, which is more"), ("none", "has no BatchNorm2d that")):
@@ -223,8 +224,7 @@ def test_group_norm_takes_the_place_of_plain_batch_norm_only(tmp_path, capsys):
 
 
 def test_weight_decay_is_on_all_that_is_trained(tmp_path):
-    path = written(tmp_path, GOOD + "\n\ndef part(num_classes):\n    net = Net(num_classes)\n"
-        "    net.conv.requires_grad_(False)\n    return net\n")  # fmt: skip
+    path = written(tmp_path, GOOD + MADE.replace("small", "part").format("net.conv.requires_grad_(False)"))
     for function in ("small", "part"):
         values = settings(*own(path, function), "--weight-decay", "0.01")
         model = build_model(values)
@@ -308,7 +308,7 @@ def test_all_scripts_work_on_it(trained, tmp_path, monkeypatch, capsys):
     model, out = own(path), str(tmp_path)
     small = ["--n", "8", "--batch-size", "4", "--device", "cpu"]
     assert eval_script.main([str(folder), *model, *small, "--eps", "1", "--output-dir", out]) == 0
-    few = ["--examples", "12", "--batch-size", "16", "--device", "cpu", "--methods", "clean", "dyart"]
+    few = ["--examples", "2", "--batch-size", "16", "--device", "cpu", "--methods", "clean", "dyart"]
     assert analyze.main([str(folder), *model, *few, "--output-dir", out, "--search-steps", "2"]) == 0
     assert bench.main([*model, "--smoke", "--device", "cpu", "--output", str(tmp_path / "b.json")]) == 0
     for suffix in ("pt", "safetensors"):
