@@ -279,7 +279,7 @@ def linear() -> dict[str, Any]:
     """What a reader has: a linear model of two classes, whose margins are known, and a batch within the box."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
-    x = 0.4 + 0.2 * torch.rand(16, 3, 2, 2, dtype=torch.float64)
+    x = 0.2 + 0.6 * torch.rand(16, 3, 2, 2, dtype=torch.float64)
     with torch.no_grad():
         model[1].bias -= model(x).mean(0)
     labels = model(x).argmax(1)

@@ -312,8 +312,8 @@ def test_all_scripts_work_on_it(trained, tmp_path, monkeypatch, capsys):
     assert analyze.main([str(folder), *model, *few, "--output-dir", out, "--search-steps", "2"]) == 0
     assert bench.main([*model, "--smoke", "--device", "cpu", "--output", str(tmp_path / "b.json")]) == 0
     for suffix in ("pt", "safetensors"):
-        assert export.main([str(folder), str(tmp_path / f"out.{suffix}"), *model]) == 0
-    assert "nets.py:small" in (tmp_path / "out.md").read_text()
+        assert export.main([str(folder), str(tmp_path / f"as-{suffix}.{suffix}"), *model]) == 0
+        assert "nets.py:small" in (tmp_path / f"as-{suffix}.md").read_text()
 
 
 def test_an_evaluation_by_several_processes_finds_the_same(trained, tmp_path):

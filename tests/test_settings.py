@@ -321,7 +321,7 @@ BAD = {
     "resume": [("missing", "no such experiment folder")],
     "resume_fname": [("a", "--resume True")],
 }
-FREE = {"data-dir", "cache-dir", "aux-data-content", "help"}  # any folder may hold data, or is made to
+FREE = {"model-content", "data-dir", "cache-dir", "aux-data-content", "help"}  # any folder may hold data, or is made to
 
 
 def test_every_flag_has_bad_values_here():
