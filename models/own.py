@@ -6,9 +6,9 @@ stands in a file (args.yaml, a checkpoint) is looked up among those that were us
 
 import copy
 import hashlib
-import importlib
 import importlib.util
 import os
+import pkgutil
 import re
 import sys
 import traceback
@@ -127,7 +127,7 @@ def _module_of_file(path: Path) -> ModuleType:
 def _module_named(name: str) -> ModuleType:
     _on_path(Path.cwd())
     try:
-        return importlib.import_module(name)
+        return pkgutil.resolve_name(name)
     except (Exception, SystemExit) as error:
         raise ValueError(f"--model {name}: it cannot be imported: {_described(error)}") from error
 

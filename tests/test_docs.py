@@ -329,11 +329,14 @@ def test_a_training_step_as_shown_raises_the_margins(linear):
 
 
 def test_a_new_loss_as_shown_has_the_gradient_of_the_hinge(linear):
-    model, x, labels = (linear[name] for name in ("model", "x", "labels"))
+    model, r0 = linear["model"], 16 / 255
+    # Without those so near to r0 that a search which ends a little beyond the boundary may leave them out.
+    rows = (margins_of(model, linear["x"], linear["labels"]) / r0 - 1).abs() > 0.05
+    linear |= {name: linear[name][rows] for name in ("x", "labels")}
     exec(shown(EXTENDING, "# library: a new loss"), linear)
-    r0 = 16 / 255
+    x, labels = linear["x"], linear["labels"]
     expected = margins_of(model, x, labels)
-    assert 0 < (expected < 0.9 * r0).sum() < 16, "the hinge is to act on some and not on all"
+    assert 0 < (expected < r0).sum() < len(x), "the hinge is to act on some and not on all"
     hinge = nn.functional.cross_entropy(model(x), labels) + 10.0 * (r0 - expected).clamp_min(0).mean()
     for parameter, gradient in zip(model.parameters(), torch.autograd.grad(hinge, model.parameters()), strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=0.02, atol=0.02 * gradient.abs().max().item())
