@@ -18,6 +18,7 @@ from torch import nn
 from data.files import Split, write_split
 from dyart import NORMS, find_boundary, margin_gradient_weights
 from experiment import flags, settings
+from experiment.build import build_model
 from tests.runs import run_training, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -385,6 +386,18 @@ def worked_examples() -> Iterator[None]:
 def examples():
     with worked_examples():
         yield
+
+
+def test_models_of_timm_as_shown(tmp_path):
+    pytest.importorskip("timm")
+    (tmp_path / "nets.py").write_text(shown(EXTENDING, "# own: nets.py"))
+    for function in ("small", "normalized"):
+        values = settings.resolve(settings.parse(["--model", f"{tmp_path / 'nets.py'}:{function}"]))
+        model = build_model(values).eval()
+        x = torch.rand(1, 3, 32, 32)
+        mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        if function == "normalized":
+            torch.testing.assert_close(model(x), model[1]((x - mean) / std))
 
 
 def test_a_new_loss_model_dataset_and_search_are_trained_with(examples, tmp_path):
