@@ -361,7 +361,7 @@ def test_a_card_says_model_data_recipe_figures_and_hashes(folder, tmp_path):
         "| AutoAttack standard, Linf | 8/255 | all 10000 | 93.69% | 63.89% |",
         "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% | 80.00% |",
         "DMWideResNet(num_classes=10, depth=16, width=1",
-        "python train.py --model wrn-16-1-swish --method at",
+        "python train.py --method at --model wrn-16-1-swish",
         "python eval.py out.safetensors --model wrn-16-1-swish",
     ):
         assert expected in text, expected
