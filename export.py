@@ -195,12 +195,8 @@ def card(candidate: Candidate, records: list[dict[str, Any]], out: Path, digest:
         lines += [f"- Source of the model: SHA-256 {settings['model_content']}"]
     lines += ["", "```python", *loading(identity, out), "```"]
 
-    lines += [
-        "",
-        "## Data",
-        "",
-        f"- {identity['dataset']}: {info.num_classes} classes, {info.image_size} pixels a side",
-    ]
+    size = f"{info.num_classes} classes, {info.image_size} x {info.image_size} pixels"
+    lines += ["", "## Data", "", f"- {identity['dataset']}: {size}"]
     if settings.get("train_subset"):
         lines += [f"- Of its training images, {settings['train_subset']} class-balanced ones"]
     lines += [f"- Additional data: {additional_data(settings)}", "", "## Recipe", "", "```yaml"]
