@@ -43,6 +43,7 @@ from experiment.schedules import SCHEDULES, idle_epochs
 from experiment.settings import as_yaml, default_name, parse, resolve
 from experiment.signals import Interrupted, Signals
 from experiment.state import Progress, Run, check_metrics, resume, rewind
+from experiment.tensorboard import Board, check_tensorboard
 from experiment.weights import load_pretrained
 
 # --- The run: its folder, model and images ----------------------------------------------------------------------------
@@ -85,6 +86,7 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
         held.enter_context(experiment)
     else:
         rewind(experiment, settings, loaded)
+    board = held.enter_context(Board(settings, experiment.folder, data.validation, run.progress.epoch))
     for stage in stages_of(settings):
         if idle := idle_epochs(stage.scheduler, stage.epochs):
             experiment.log(
@@ -92,7 +94,7 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
                 f"learning rate, as --scheduler {stage.scheduler} has it; for short runs: --scheduler cyclic"
             )
     try:
-        train(run, data, experiment, Signals())
+        train(run, data, experiment, board, Signals())
     except Interrupted as stop:
         experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
         return 128 + stop.args[0]
@@ -126,6 +128,7 @@ def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None) -> Run:
     if settings["pretrained"] is not None and loaded is None:
         load_pretrained(model, settings)
     model.to(device)
+    check_tensorboard(settings["tensorboard"])
     if settings["compile"]:
         flags.check_compile(device)
         model.compile()
@@ -156,7 +159,7 @@ def begin_stage(settings: dict[str, Any], index: int, model: nn.Module, data: Da
     return Run(settings, stage, loader, model, average, optimizer, scheduler, progress, Meter(), graphs)
 
 
-def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> None:
+def train(run: Run, data: Data, experiment: Experiment, board: Board, signals: Signals) -> None:
     """Go through the epochs and stages that are left of a run, writing to `experiment`.
 
     Raises Interrupted after a checkpoint, Diverged, or ValueError and OSError for files that cannot be written.
@@ -175,7 +178,7 @@ def train(run: Run, data: Data, experiment: Experiment, signals: Signals) -> Non
                 check_finite(run, experiment)
                 experiment.save_latest(run.checkpoint_to_resume())
                 raise
-            end_epoch(run, scores, experiment, last_stage=last_stage)
+            end_epoch(run, scores, experiment, board, last_stage=last_stage)
         if last_stage:
             return
         # The next stage starts from this one's averaged weights.
@@ -310,7 +313,7 @@ def track_dynamics(run: Run, split: Split) -> dict[str, float | None]:
     return {"negative_speeds": None if math.isnan(share) else share}
 
 
-def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, last_stage: bool) -> None:
+def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, board: Board, *, last_stage: bool) -> None:
     """Write down a finished epoch: metrics.csv and the log, best.pt and its like, and at last latest.pt."""
     stage, progress, meter = run.stage, run.progress, run.meter
     progress.epoch += 1
@@ -323,6 +326,7 @@ def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, *, las
         run.advance_schedule()
     run.meter = Meter()
     experiment.append_metrics(row)
+    board.add_epoch(row, meter.state["margins"], run)
     experiment.log(describe(row, run.settings["norm"]))
     weights = run.checkpoint_to_evaluate(scores)
     score = [scores["val_robust"], scores["val_clean"]]

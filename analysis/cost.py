@@ -28,7 +28,7 @@ from experiment import flags
 from experiment.build import build_model, loss_options
 from experiment.folder import named_checkpoints
 from experiment.images import resolve_images
-from experiment.settings import resolve, resolve_normalization
+from experiment.settings import resolve, resolve_normalization, with_own_model
 from experiment.weights import MODEL_SETTINGS
 
 # The training steps that are timed: the method, and its settings where they are not the recipe's.
@@ -80,7 +80,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     device = flags.device(options["device"])
     norm = options["norm"]
     if target is None:
-        named = {name: options[name] for name in MODEL_SETTINGS if options.get(name) is not None}
+        named = with_own_model({name: options[name] for name in MODEL_SETTINGS if options.get(name) is not None})
         identity = {"model": "wrn-16-2-swish", "dataset": "cifar10", "group_norm": False, "image_size": None, **named}
         place = {"data_dir": options["data_dir"] or DEFAULT_DATA_DIR}
         identity |= {"dataset_content": resolve_images({**identity, **place}).get("dataset_content")}
@@ -105,7 +105,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         model.compile()
     if target is None:
         with torch.no_grad():
-            [module for module in model.modules() if isinstance(module, nn.Linear)][-1].weight *= 100
+            [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)][-1].weight *= 100
             # So that it is as sure with the statistics of the batch, in training, as with the running ones.
             with batch_norm_momentum(model, lambda usual: 1.0):
                 model.train()(x[: options["batch_size"]])

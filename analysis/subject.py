@@ -17,6 +17,7 @@ from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment, named_checkpoints
 from experiment.settings import check_stored, resolve
 from experiment.weights import MODEL_SETTINGS, OF_IMAGES
+from models.own import is_own
 
 
 class Subject(NamedTuple):
@@ -57,7 +58,9 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     data_dir = args.data_dir or find_data_dir(settings["dataset"], settings["data_dir"])
     settings = settings | {"data_dir": str(data_dir)}
 
-    model = candidate.model.to(device, memory_format=torch.channels_last).requires_grad_(True)
+    # One's own stays in the format that it was trained in: it may not know another.
+    layout = torch.preserve_format if is_own(settings["model"]) else torch.channels_last
+    model = candidate.model.to(device, memory_format=layout).requires_grad_(True)
     optimizer = clip_grad = None
     if args.direction == "step":
         if "optimizer" not in state:

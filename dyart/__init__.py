@@ -1,8 +1,28 @@
 """The method of Dynamics-Aware Robust Training (Xu et al., 2023), for anyone's models and training loops.
 
-Boundary points and margins, the gradient of a margin, the losses, the speed of the boundary along an update, PGD, and
-the average of the weights. It needs torch and numpy, knows no flag, file or dataset, and `pip install .` installs it
-alone. What is listed here is what others may rely on; the rest of its modules is for this repository.
+A model is any nn.Module that maps pixels in [0, 1], of shape (n, ...), to logits (n, C); labels are (n,) int64; lengths
+are in units of pixels in [0, 1]. All functions but the losses leave the model as it was.
+
+    margins    find_boundary            the closest points of the decision boundary, a Boundary
+               approach_boundary        rougher ones, in one pass, to train on
+               is_locally_closest       which of them nearly satisfy the conditions of a closest point
+               logit_margin             φ = z_y − max z_k, of logits
+               soft_logit_margin        Φ_β, the smooth one on its safe side
+    training   dyart_loss               the loss of a batch, and what there is to log
+               margin_gradient_weights  1 / ‖∇_x Φ‖, for a loss of margins of your own
+               WeightAverage            the average of the weights, which is what is evaluated
+               pgd                      the attack of baselines and validation
+    dynamics   update_direction         where a loss, or its optimizer's step, moves the parameters
+               boundary_speed           by how much the margins change along a direction
+    norms      NORMS, Norm              Linf, L2, and what you add
+
+    from dyart import find_boundary
+
+    boundary = find_boundary(model, x, labels)
+    print(255 * boundary.margin[boundary.found].median())
+
+The package needs torch and numpy, knows no flag, file or dataset, and `pip install .` installs it alone. What is listed
+here is what others may rely on; the rest of its modules is for this repository. Worked examples: docs/extending.md.
 """
 
 from dyart.attacks import pgd
@@ -18,12 +38,15 @@ from dyart.margin import (
     margin_gradient_weights,
     soft_logit_margin,
 )
+from dyart.projection import NORMS, Norm
 
 # The only place where the version is written: pyproject.toml reads it from here.
 __version__ = "0.1.0"
 
 __all__ = [
+    "NORMS",
     "Boundary",
+    "Norm",
     "WeightAverage",
     "__version__",
     "approach_boundary",

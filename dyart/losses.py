@@ -64,7 +64,7 @@ def clean_loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str
     """
     _check(x)
     model.train()
-    logits = model(x)
+    logits = _logits(model, x)
     loss = F.cross_entropy(logits, y)
     return loss, _detached(loss=loss, clean_loss=loss, clean_accuracy=_accuracy(logits, y))
 
@@ -193,7 +193,7 @@ def fgsm_rs_loss(
 def _attacked_loss(model: nn.Module, x_adv: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """CE(x') and its metrics."""
     model.train()
-    logits_adv = model(x_adv)
+    logits_adv = _logits(model, x_adv)
     loss = F.cross_entropy(logits_adv, y)
     return loss, _detached(loss=loss, robust_loss=loss, robust_accuracy=_accuracy(logits_adv, y))
 
@@ -243,7 +243,7 @@ def trades_loss(
     attack = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "generator": generator}
     x_adv = pgd(model, x, y, objective="kl", start="uniform", mode="batch", **attack)
     model.train()
-    logits, logits_adv = model(x), model(x_adv)
+    logits, logits_adv = _logits(model, x), _logits(model, x_adv)
     clean = F.cross_entropy(logits, y, label_smoothing=label_smoothing)
     robust = beta * kl_divergence(log_probabilities(logits), log_probabilities(logits_adv)).mean()
     loss = clean + robust
@@ -298,7 +298,7 @@ def mart_loss(
     attack = {"norm": norm, "eps": eps, "step_size": step_size, "steps": steps, "generator": generator}
     x_adv = pgd(model, x, y, objective="ce", start="normal", **attack)
     model.train()
-    logits, logits_adv = model(x), model(x_adv)
+    logits, logits_adv = _logits(model, x), _logits(model, x_adv)
     log_p, log_p_adv = log_probabilities(logits), log_probabilities(logits_adv)
     p_true = log_p.exp().gather(1, y[:, None])[:, 0]
     p_runner_up = log_p_adv.exp().scatter(1, y[:, None], 0).amax(1)
@@ -389,7 +389,7 @@ def dyart_loss(
         if init_radius or high_quality or graphs is not None:
             raise ValueError(f"search {SHARED!r} takes no init_radius, no high_quality and no graphs")
         model.train()
-        logits = model(x)
+        logits = _logits(model, x)
         clean = _freed(F.cross_entropy(logits, y), model)
         among = soft_logit_margin(logits.detach(), y, temperature) > SEARCHED_ABOVE
         steps = SHARED_STEPS if steps is None else steps
@@ -408,10 +408,10 @@ def dyart_loss(
             points = (x[rows] + (1 + overshoot) * (points - x[rows])).clamp(0, 1)
         # Coming after the clean batch, the points count for no more than it, also in the first step (momentum 1).
         with batch_norm_momentum(model, lambda usual: min(usual, 0.5) if search == SHARED else usual):
-            value = soft_logit_margin(model(points), y[rows], temperature)
+            value = soft_logit_margin(_logits(model, points), y[rows], temperature)
         robust = _freed(-lambda_robust / len(x) * (push[rows] * value).sum(), model)
     if search != SHARED:
-        logits = model(x)
+        logits = _logits(model, x)
         clean = F.cross_entropy(logits, y)
     loss = clean + robust
     metrics = _detached(loss=loss, clean_loss=clean, robust_loss=robust, clean_accuracy=_accuracy(logits, y))
@@ -465,6 +465,16 @@ def _check(x: Tensor, beta: float = 0.0) -> None:
         raise ValueError(f"the mean loss of an empty batch is not defined: x has shape {tuple(x.shape)}")
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and at least 0, got {beta}")
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    """A pass to train on; a single image goes twice where BatchNorm sees one value of it, which has no variance."""
+    try:
+        return model(x)
+    except ValueError:
+        if len(x) > 1:
+            raise
+        return model(torch.cat([x, x]))[:1]
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from evaluation.attack import Attacker, Batch, Evaluation, Found, evaluate
 from evaluation.environment import make_reproducible
 from evaluation.results import Results
 from experiment import flags
+from models.own import use_own, used
 
 
 class Task(NamedTuple):
@@ -123,7 +124,7 @@ def _started(jobs: int, devices: Sequence[torch.device]) -> Iterator[list[_Worke
         for position in range(jobs):
             channel, remote = context.Pipe()
             device = devices[position % len(devices)]
-            process = context.Process(target=_work, args=(remote, device, threads), daemon=True)
+            process = context.Process(target=_work, args=(remote, device, threads, used()), daemon=True)
             process.start()
             remote.close()
             workers.append(_Worker(channel, process))
@@ -136,8 +137,11 @@ def _started(jobs: int, devices: Sequence[torch.device]) -> Iterator[list[_Worke
             worker.process.join()
 
 
-def _work(channel: Connection, device: torch.device, threads: int) -> None:
-    """Attack one batch after another from `channel`, until the process that sends them ends, however it ends."""
+def _work(channel: Connection, device: torch.device, threads: int, own_models: list[str]) -> None:
+    """Attack one batch after another from `channel`, until the process that sends them ends, however it ends.
+
+    own_models: the models of one's own that its command line names, whose classes are unpickled here.
+    """
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -148,6 +152,8 @@ def _work(channel: Connection, device: torch.device, threads: int) -> None:
     torch.set_num_threads(threads)
     flags.print_on()
     make_reproducible()
+    for text in own_models:
+        use_own(text)
     attacker = None
     while True:
         try:

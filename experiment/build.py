@@ -28,6 +28,7 @@ from data import (
 )
 from dyart.losses import SINGLE_STEP
 from models import create_model
+from models.own import check_model, is_own
 from models.wide_resnet import WideResNet
 
 
@@ -139,13 +140,17 @@ def sample(split: Split, n: int, settings: dict[str, Any]) -> Split:
 
 
 def build_model(settings: dict[str, Any]) -> nn.Module:
-    """The untrained model that the settings name, on the CPU."""
+    """The untrained model that the settings name, on the CPU. Raises ValueError where it does not fit the images."""
     dataset = settings["dataset"], settings.get("dataset_content")
     kind = {name: settings[name] for name in ("mean", "std", "normalize", "group_norm")}
     model = create_model(settings["model"], num_classes(*dataset), **kind)
-    if is_path(settings["dataset"]):
+    model = model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
+    if is_own(settings["model"]):
+        size, channels_last = image_shape(*dataset)[:2], settings["channels_last"]
+        check_model(model, settings["model"], num_classes(*dataset), size, channels_last=channels_last)
+    elif is_path(settings["dataset"]):
         check_size(settings["model"], image_shape(*dataset))
-    return model.to(memory_format=torch.channels_last) if settings["channels_last"] else model
+    return model
 
 
 def check_size(name: str, shape: tuple[int, int, int]) -> None:

@@ -3,6 +3,7 @@
 For whatever saves or reads the state of a model or a run; which checkpoint a folder has is in folder.py.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from storage.files import FileError, describe_content, is_safetensors, naming, one_line, open_regular, replacing
 
@@ -82,6 +83,11 @@ def save_checkpoint(
     write_torch(path, content, before_rename)
 
 
+def safetensors_bytes(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A .safetensors file of weights, which may share memory, with what is to be said of them in its header."""
+    return save({name: value.clone().contiguous() for name, value in weights.items()}, {"format": "pt", **metadata})
+
+
 def write_torch(path: str | Path, content: Any, before_rename: Callable[[], None] | None = None) -> None:
     """Write plain content by torch.save, all of it or nothing. Raises FileError."""
     with naming("write", Path(path)), replacing(path, before_rename) as file:
@@ -112,7 +118,9 @@ def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any
         # Of damaged bytes and hostile pickles the readers make errors of any type.
         except Exception as error:
             reason = str(error) if isinstance(error, FileError) else _reason(error)
-            what = None if reason.startswith("refused") else describe_content(path)
+            is_refused = reason.startswith("refused")
+            what = None if is_refused else describe_content(path)
+            reason += f"; {CONVERT}" if is_refused and _holds_a_model(path) else ""
             raise FileError(f"{path}: " + (f"not a checkpoint but {what}" if what else reason)) from error
     return state
 
@@ -156,8 +164,30 @@ def _reason(error: Exception) -> str:
     found = re.search(r"GLOBAL (\S+)", str(error))
     if found is not None:
         return f"refused: it names {found[1]}, and only tensors and plain values are loaded"
+    if "TorchScript" in str(error):
+        return "refused: it is a TorchScript archive, and only tensors and plain values are loaded"
     reason = one_line(str(error).rpartition("WeightsUnpickler error: ")[2] or type(error).__name__, 200)
     return f"not a checkpoint, or a damaged one ({reason})"
+
+
+# Of a whole pickled model, whose class has to be there, and which only its owner can know to be harmless.
+CONVERT = (
+    "it is a whole model: who made it, or trusts who did, saves the weights alone, where the model's code is at hand: "
+    "torch.save(torch.load(FILE, weights_only=False).state_dict(), 'weights.pt') (of TorchScript: torch.jit.load(FILE))"
+)
+
+
+def _holds_a_model(path: Path) -> bool:
+    """Whether a file that was refused holds a pickled nn.Module, by the names of what every module has."""
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                start = archive.open(f"{archive.namelist()[0].split('/')[0]}/data.pkl").read(1 << 20)
+        else:
+            file.seek(0)
+            start = file.read(1 << 20)
+        return b"_parameters" in start and b"_modules" in start or b"__torch__" in start
+    return False  # Of what cannot be looked at nothing is said.
 
 
 class _NumpyDtype:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from experiment.flags import add_switch, number, optional, path, whole
 from experiment.images import OWN, add_dataset_flags, add_own_flags, find_own_images, mean_and_std, resolve_images
 from experiment.schedules import SCHEDULES
 from models import create_model
+from models.own import content_of_own, is_own, short_name, use_own
 from storage.files import FileError
 
 logger = logging.getLogger(__name__)
@@ -100,8 +102,11 @@ def recipe(
 
 
 def model_name(text: str) -> str:
-    """A model's name, checked by building it without memory for its weights."""
+    """A model's name, checked by building it without memory for its weights; one's own is checked where it is used."""
     try:
+        if is_own(text):
+            short_name(text)
+            return text
         with torch.device("meta"):
             create_model(text)
     except ValueError as error:
@@ -147,7 +152,8 @@ def build_parser() -> flags.Parser:
         "--model",
         type=model_name,
         default=from_recipe,
-        help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD (the recipe's)",
+        help="wrn-D-W[-swish], preact-resnetD[-swish], resnetD, or your own, FILE.py:FUNCTION or "
+        "PACKAGE.MODULE:FUNCTION (the recipe's)",
     )
     add_switch(g, "--group-norm", "--GroupNorm", default=False, help="GroupNorm in the place of BatchNorm")
     add_normalization_flags(g, default=from_recipe)
@@ -248,8 +254,11 @@ def build_parser() -> flags.Parser:
     graphs = "on a GPU, replay the boundary search from a captured graph (not with --detect-anomaly)"
     add_switch(g, "--cuda-graphs", default=False, help=graphs)
     add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
+    add_switch(g, "--tensorboard", default=False, help="curves, margins and images, too (needs the package)")
     add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
 
+    # The file of one's own model when the run began, for when it has changed; filled in by `resolve`.
+    p.add_argument("--model-content", default=None, help=argparse.SUPPRESS)
     # What has changed in how settings are followed. 2: validation images, class-balanced where a dataset is sorted; the
     # momentum of BatchNorm's statistics in short runs.
     p.add_argument("--rules", type=whole(least=1, most=2), default=2, help=argparse.SUPPRESS)
@@ -271,7 +280,7 @@ LENGTHS = ("r0", "init_radius", "attack_eps", "attack_step")
 ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
-PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content")
+PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content", "model_content", "tensorboard")
 # Settings that decide what others are by default; of a search's own there is TRAINING.
 DECIDING = (
     "dataset",
@@ -288,6 +297,7 @@ DECIDING = (
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0, "recipe": "paper"}
 LATER |= dict.fromkeys(OWN)
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
+LATER |= {"model_content": None, "tensorboard": False}
 # What goes with each search in training. The released one ends some 5 % beyond the boundary, the others at it: trained
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
 # trained 5 % beyond them, alike.
@@ -297,7 +307,7 @@ TRAINING = {
     "fab": {"search_steps": SEARCHES["fab"][1], "overshoot": 0.0, "high_quality": True},
 }
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
-NULLABLE |= {"cache_dir", "aux_data_content", *OWN}
+NULLABLE |= {"cache_dir", "aux_data_content", "model_content", *OWN}
 NULLABLE |= {"mean", "std", "pretrained", "pretrained_weights", "aux_data_filename", "checkpoint_minutes"}
 
 # --- Settings: flags and recipe resolved, as they stand in args.yaml --------------------------------------------------
@@ -309,11 +319,18 @@ def parse(argv: list[str] | None) -> dict[str, Any]:
     namespace = argparse.Namespace(**{action.dest: left_out for action in parser._actions})
     given = vars(parser.parse_args(argv, namespace))
     given = translate({name: value for name, value in given.items() if value is not left_out})
+    given = with_own_model(given)
     if "resume" not in given:  # The model is the folder's there.
         dataset = given.get("dataset", parser.get_default("dataset"))
         hint = "; for one that does not: --mean 0,0,0 --std 1,1,1"
         given = as_swish_models_do(given, given.get("model", recipe_of(dataset)["model"]), hint)
     return given
+
+
+def with_own_model(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of a command line, a model of one's own by its short name; its code runs here. Raises ValueError."""
+    model = given.get("model")
+    return {**given, "model": use_own(model)} if model is not None and is_own(model) else dict(given)
 
 
 def as_swish_models_do(given: dict[str, Any], model: str, hint: str = "") -> dict[str, Any]:
@@ -394,7 +411,7 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     group_norm, name = values["group_norm"], values["recipe"]
     values = recipe(dataset, method, generated=generated, group_norm=group_norm, norm=norm, name=name) | values
     values |= resolve_images(values)
-    values |= resolve_normalization(values)
+    values |= resolve_normalization(values) | {"model_content": content_of_own(values["model"])}
     values.setdefault("attack_eps", ATTACK_EPS[values["norm"]])
     values.setdefault("attack_step", values["attack_eps"] / 4)
     alone = [name for name in ("high_quality", "init_radius", "cuda_graphs") if values.get(name)]
@@ -437,6 +454,10 @@ def resolve_normalization(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     given = {name: values[name] for name in ("mean", "std") if values.get(name) is not None}
     normalize = values.get("normalize")
+    if is_own(values["model"]) and (given or normalize):
+        flag = f"--{next(iter(given), 'normalize')}"
+        where = "inside it, or not at all (models/normalization.py has a layer for it)"
+        raise ValueError(f"{flag}: a model of your own, {values['model']}, normalizes {where}")
     if given and normalize is False:
         name, value = next(iter(given.items()))
         raise ValueError(f"--{name} {flags.plain(value)}: without effect where --normalize is false")
@@ -471,7 +492,8 @@ def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, A
     for name, value in resolve({}).items():
         kind = float if value is None else type(value)
         texts = ("pretrained", "pretrained_weights", "aux_data_filename", "aux_data_content", "cache_dir")
-        kind = str if name in (*texts, "dataset_content") else kind
+        texts += ("model_content", "dataset_content")
+        kind = str if name in texts else kind
         kind = int if name in ("train_subset", "search_steps", "validation_size", "image_size") else kind
         kind = list if name in ("mean", "std") else kind
         spec[name] = (kind, type(None)) if name in NULLABLE else kind
@@ -528,7 +550,8 @@ def as_yaml(settings: Mapping[str, Any]) -> str:
 def default_name(settings: dict[str, Any]) -> str:
     """dataset-method-model and each setting that differs from the recipe."""
     usual = resolve(deciding(settings)) | TRAINING[settings["search"]]
-    words = [Path(settings["dataset"]).stem, settings["method"], settings["model"]]
+    model = re.sub(r"(\.py)?:", "-", settings["model"])  # of one's own
+    words = [Path(settings["dataset"]).stem, settings["method"], model]
     words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]
     words += ["generated"] if settings["aux_data_filename"] else []
     words += ["short"] if settings["recipe"] == "short" else []

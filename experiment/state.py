@@ -39,6 +39,8 @@ from experiment.settings import (
     upgraded,
     with_lengths,
 )
+from experiment.weights import check_own
+from models.own import content_of_own
 from models.weights import load_weights
 from storage.files import FileError
 
@@ -189,6 +191,7 @@ def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[
     # Where it was 8 that meant 8.0, before lengths meant the same everywhere, 8 changes nothing.
     as_before = {name: stored[name] for name in LENGTHS if _is_number(given.get(name), stored[name])}
     given = with_lengths(given | as_before, stored["norm"])
+    check_own(stored, experiment.folder)
     if stored["normalize"]:
         given = as_swish_models_do(given, stored["model"])
     moved = moved_data(given, stored, experiment)
@@ -202,6 +205,7 @@ def _to_go_on_with(experiment: Experiment, given: dict[str, Any]) -> tuple[dict[
     if loaded is not None:
         check_place(loaded, stored)
     settings = stored | {name: value for name, value in given.items() if name in {"epochs", *PLACE}} | moved
+    settings["model_content"] = content_of_own(stored["model"])
     if settings["cuda_graphs"] and settings["search"] == SHARED:
         searches = " or ".join(SEARCHES)
         raise ValueError(f"--cuda-graphs: goes with --search {searches}, and {experiment.folder} runs with {SHARED}")

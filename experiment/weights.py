@@ -24,7 +24,9 @@ from experiment.settings import (
     flag_of,
     resolve_normalization,
     upgraded,
+    with_own_model,
 )
+from models.own import check_used, content_of_own, is_own
 from models.weights import load_weights, statistics_of
 from storage.files import FileError
 
@@ -127,7 +129,8 @@ def add_model_flags(parser: flags.Parser, default_model: str | None = None) -> N
     """The flags of a model for a file that does not say what it is, as others write them."""
     g = parser.add_argument_group("for a file without settings in it, as others write them")
     shown = f" ({default_model})" if default_model else ""
-    g.add_argument("--model", default=None, help="wrn-D-W[-swish], preact-resnetD[-swish] or resnetD" + shown)
+    own = "your own, FILE.py:FUNCTION or PACKAGE.MODULE:FUNCTION, which is to be named for files with settings too"
+    g.add_argument("--model", default=None, help=f"wrn-D-W[-swish], preact-resnetD[-swish], resnetD{shown}, or {own}")
     add_dataset_flags(g)
     flags.add_switch(g, "--group-norm", "--GroupNorm", default=None, help="GroupNorm in the place of BatchNorm")
     add_normalization_flags(g, default=None)
@@ -141,10 +144,12 @@ def model_settings(weights: Weights, path: Path, given: Mapping[str, Any]) -> di
     file's settings are no such settings.
     """
     data_dir = given.get("data_dir")
-    given = {name: given[name] for name in MODEL_SETTINGS if given.get(name) is not None}
+    given = with_own_model({name: given[name] for name in MODEL_SETTINGS if given.get(name) is not None})
     statistics = statistics_of(weights.state_dict)
     if weights.settings is not None:
         settings = model_settings_of(weights.settings, path)
+        check_same_model({"model": given.get("model", settings["model"])}, settings, path)
+        check_own(weights.settings, path)
         if "mean" not in weights.settings:  # Then the flag was kept as it was given, and said nothing of Swish models.
             given = as_swish_models_do(given, settings["model"], f" ({path})")
         if is_path(given.get("dataset", "")) and is_path(settings["dataset"]):  # other images of the same classes
@@ -158,7 +163,7 @@ def model_settings(weights: Weights, path: Path, given: Mapping[str, Any]) -> di
         settings = {"dataset": "cifar10", "group_norm": False, "normalize": None, "image_size": None, **given}
         content = resolve_images({**settings, "data_dir": data_dir}).get("dataset_content")
         settings |= {"dataset_content": content}
-        if statistics and settings["normalize"] is not False:
+        if statistics and settings["normalize"] is not False and not is_own(settings["model"]):
             settings = statistics | settings
         settings |= resolve_normalization({**settings, "data_dir": data_dir})
         if not settings["normalize"] and settings["model"].endswith("-swish"):
@@ -183,6 +188,15 @@ def model_settings_of(settings: Mapping[str, Any], path: Path) -> dict[str, Any]
     if is_path(name) != bool(content and CONTENT.fullmatch(content)):
         raise FileError(f"{path}: dataset {name} with dataset_content {content}")
     return settings
+
+
+def check_own(settings: Mapping[str, Any], source: Path) -> None:
+    """Raise ValueError where settings in a file name code that no command line has; warn where it is not as it was."""
+    name, before = settings["model"], settings.get("model_content")
+    check_used(name, source)
+    now = content_of_own(name)
+    if now is not None and before not in (None, now):
+        logger.warning("--model %s: the file is not the one that %s was trained with", name, source)
 
 
 def check_same_model(wanted: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The classifiers, looked up by name: `create_model("wrn-28-10-swish")`."""
+"""The classifiers, looked up by name: `create_model("wrn-28-10-swish")`; models of one's own are in models/own.py."""
 
 import re
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from models.normalization import CIFAR10_MEAN, CIFAR10_STD, replace_batch_norm
+from models.own import is_own, make_own
 from models.preact_resnet import DMPreActResNet, PreActResNet
 from models.resnet import ResNet
 from models.wide_resnet import WideResNet
@@ -34,16 +35,18 @@ def create_model(
 
     Args:
         name: wrn-D-W or wrn-D-W-swish (depth D = 6k + 4, width W >= 1), preact-resnet{18,34,50,101},
-            preact-resnet{18,34}-swish, resnet{18,34,50,101}.
+            preact-resnet{18,34}-swish, resnet{18,34,50,101}; or what `models.own.use_own` gave, a model of one's own.
         num_classes: number of logits, at least 2.
         mean, std: of the dataset's three colour channels; CIFAR-10's where they are None. They are not in the state
             dict, and without effect where the model does not normalize.
-        normalize: normalize the input by them, inside the model; where it is None, the -swish models do.
+        normalize: normalize the input by them, inside the model; where it is None, the -swish models do. A model of
+            one's own normalizes by itself, or not at all.
         group_norm: GroupNorm(min(32, C), C) in the place of every BatchNorm2d(C) (see `replace_batch_norm`).
 
     Raises:
-        ValueError: for an unknown name, a depth or width that no WideResNet has, fewer than two classes, or a mean or
-            std that is not three numbers (three positive ones for std).
+        ValueError: for an unknown name, a depth or width that no WideResNet has, fewer than two classes, a mean or std
+            that is not three numbers (three positive ones for std), a model of one's own that was not used, is none or
+            should be normalized, and for group_norm where there is no BatchNorm2d to replace.
     """
     if num_classes < 2:
         raise ValueError(f"num_classes {num_classes}: expected at least 2")
@@ -52,9 +55,14 @@ def create_model(
         std = CIFAR10_STD if std is None else std
     else:
         mean = std = None
-    model = _find(name)(num_classes=num_classes, mean=mean, std=std)
-    if group_norm:
-        replace_batch_norm(model)
+    if is_own(name):
+        if mean is not None:
+            raise ValueError(f"model {name}: a model of one's own normalizes its input by itself, or not at all")
+        model = make_own(name, num_classes)
+    else:
+        model = _find(name)(num_classes=num_classes, mean=mean, std=std)
+    if group_norm and not replace_batch_norm(model):
+        raise ValueError(f"model {name}: it has no BatchNorm2d that GroupNorm could take the place of")
     return model
 
 

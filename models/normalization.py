@@ -38,16 +38,23 @@ def input_normalization(mean: Sequence[float] | None, std: Sequence[float] | Non
     return nn.Identity() if mean is None else Normalization(mean, std)
 
 
-def replace_batch_norm(module: nn.Module) -> None:
+def replace_batch_norm(module: nn.Module) -> int:
     """Replace every BatchNorm2d(C) inside `module`, in place, by GroupNorm(min(32, C), C), as in Xu et al., 2023.
 
     The names stay. Where min(32, C) does not divide C (WRN-D-3 has 48 channels), the number of groups is the largest
-    divisor of C up to 32.
+    divisor of C up to 32. Returns how many there were. Raises ValueError for a layer that does more than a BatchNorm2d,
+    timm's with an activation inside, say.
     """
+    replaced = 0
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
+            if type(child) is not nn.BatchNorm2d:
+                kind = type(child).__name__
+                raise ValueError(f"GroupNorm cannot take the place of {name}, a {kind}, which is more than BatchNorm2d")
             channels = child.num_features
             groups = next(g for g in range(min(MAX_GROUPS, channels), 0, -1) if channels % g == 0)
             setattr(module, name, nn.GroupNorm(groups, channels))
+            replaced += 1
         else:
-            replace_batch_norm(child)
+            replaced += replace_batch_norm(child)
+    return replaced

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from data.files import Split, write_split
-from dyart import find_boundary, margin_gradient_weights
+from dyart import NORMS, find_boundary, margin_gradient_weights
 from experiment import flags, settings
+from experiment.build import build_model
 from tests.runs import run_training, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,7 @@ MAX_README_LINES = 150
 # What a run, a release or the reader has, and not this repository. In capitals stand words for the reader's own.
 NOT_HERE = {"args.yaml", "train.log", "eval.log", "metrics.csv", "autoattack.json", "figures/", "experiments/"}
 NOT_HERE |= {"latest.pt", "previous.pt", "best.pt", "burn_in.pt", "epoch_0010.pt", "out.pt", ".npz", ".venv"}
+NOT_HERE |= {"nets.py", "out.safetensors", "tensorboard/"}
 A_PATH = re.compile(r"[\w.-]+/[\w./-]*|[\w./-]*\.(?:py|sh|md|json|png|csv|toml|yml|yaml|txt|npz|pt|log)")
 A_FLAG = re.compile(r"--\w|-\w$|-\w ")
 
@@ -273,28 +276,104 @@ def shown(path: Path, first_line: str) -> str:
     return block
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", EXTENDING], ids=lambda path: path.name)
-def test_the_library_is_used_as_shown(path, capsys):
+@pytest.fixture
+def linear() -> dict[str, Any]:
+    """What a reader has: a linear model of two classes, whose margins are known, and a batch within the box."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
-    x = 0.4 + 0.2 * torch.rand(8, 3, 2, 2, dtype=torch.float64)
-    names = {"model": model, "x": x, "labels": model(x).argmax(1)}
-    exec(shown(path, "from dyart import"), names)
-    boundary, weights = names["boundary"], names["weights"]
-    assert boundary.found.all()
-    if path.name == "README.md":
-        printed = float(re.search(r"[\d.]+", capsys.readouterr().out)[0])
-        assert printed == pytest.approx(255 * boundary.margin.mean().item(), rel=1e-4)
-        # The closed form of a linear model: z_a − z_b has the gradient w_a − w_b, whose dual norm is the l1 norm.
-        assert names["surrogate"].shape == (8,) and names["surrogate"].requires_grad
-        assert torch.allclose(names["surrogate"], torch.zeros(8, dtype=torch.float64), atol=0.1 * boundary.margin.max())
-    assert torch.allclose(weights, 1 / boundary.grad.flatten(1).abs().sum(1))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()
+    x = 0.2 + 0.6 * torch.rand(16, 3, 2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        model[1].bias -= model(x).mean(0)
+    labels = model(x).argmax(1)
+    loader = [(x[:8], labels[:8]), (x[8:], labels[8:])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    return {"model": model, "x": x, "labels": labels, "loader": loader, "optimizer": optimizer}
+
+
+def margins_of(model: nn.Module, x: torch.Tensor, labels: torch.Tensor, order: float = 1) -> torch.Tensor:
+    """The closed form: the margin of the label over the other class, by the dual norm of the difference."""
+    w, b = (parameter[0] - parameter[1] for parameter in model[1].parameters())
+    return (1 - 2 * labels) * (x.flatten(1) @ w + b) / torch.linalg.vector_norm(w, order)
+
+
+def test_the_library_is_used_as_the_readme_shows(linear, capsys):
+    exec(shown(ROOT / "README.md", "from dyart import"), linear)
+    boundary, expected = linear["boundary"], margins_of(linear["model"], linear["x"], linear["labels"])
+    assert boundary.found.all() and torch.allclose(boundary.margin, expected, rtol=0.05)
+    printed = float(re.search(r"[\d.]+", capsys.readouterr().out)[0])
+    assert printed == pytest.approx(255 * boundary.margin.mean().item(), rel=1e-4)
+    assert linear["surrogate"].shape == (16,) and linear["surrogate"].requires_grad
+    assert torch.allclose(linear["weights"], 1 / boundary.grad.flatten(1).abs().sum(1))
+
+
+def test_margins_as_shown(linear, capsys):
+    exec(shown(EXTENDING, "# library: margins of your model"), linear)
+    expected = margins_of(linear["model"], linear["x"], linear["labels"])
+    assert torch.allclose(linear["margins"], expected, rtol=0.05)
+    assert (linear["margins"] >= expected * (1 - 1e-9)).all()
+    assert torch.equal(linear["vulnerable"], linear["margins"] < 8 / 255)
+    said = re.fullmatch(r"16 of 16 have a margin, the median is ([\d.]+)/255\n", capsys.readouterr().out)
+    assert float(said[1]) == pytest.approx(255 * expected.median().item(), rel=0.05)
+
+
+def test_a_training_step_as_shown_raises_the_margins(linear):
+    model, x, labels = (linear[name] for name in ("model", "x", "labels"))
+    before = margins_of(model, x, labels)
+    for _ in range(10):
+        exec(shown(EXTENDING, "# library: a training step in your own loop"), linear)
+    after = margins_of(model, x, labels)
+    assert (after - before).mean() > 0.01 * before.mean()
+    # Within the warm-up the average copies.
+    for mine, trained in zip(linear["evaluated"].parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, trained)
+    assert not linear["evaluated"].training
+    assert linear["metrics"]["found"] > 0
+
+
+def test_a_new_loss_as_shown_has_the_gradient_of_the_hinge(linear):
+    model, r0 = linear["model"], 16 / 255
+    # Without those so near to r0 that a search which ends a little beyond the boundary may leave them out.
+    rows = (margins_of(model, linear["x"], linear["labels"]) / r0 - 1).abs() > 0.05
+    linear |= {name: linear[name][rows] for name in ("x", "labels")}
+    exec(shown(EXTENDING, "# library: a new loss"), linear)
+    x, labels = linear["x"], linear["labels"]
+    expected = margins_of(model, x, labels)
+    assert 0 < (expected < r0).sum() < len(x), "the hinge is to act on some and not on all"
+    hinge = nn.functional.cross_entropy(model(x), labels) + 10.0 * (r0 - expected).clamp_min(0).mean()
+    for parameter, gradient in zip(model.parameters(), torch.autograd.grad(hinge, model.parameters()), strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=0.02, atol=0.02 * gradient.abs().max().item())
+
+
+def test_a_new_norm_as_shown_has_its_margins(linear):
+    with patch.dict(NORMS):
+        exec(shown(EXTENDING, "# library: a new norm"), linear)
+    expected = margins_of(linear["model"], linear["x"], linear["labels"], float("inf"))
+    boundary = linear["boundary"]
+    within = expected < 0.3  # One pixel alone can go that far.
+    assert within.any() and torch.allclose(boundary.margin[within], expected[within], rtol=0.05)
+
+
+def test_a_speed_as_shown_is_the_change_of_the_margins(linear, capsys):
+    exec(shown(EXTENDING, "# library: the boundary's speed"), linear)
+    before, after = (margins_of(linear[name], linear["x"], linear["labels"]) for name in ("model", "moved"))
+    change = (after - before).detach()
+    assert torch.allclose(linear["speed"], change, rtol=0.02, atol=0.02 * change.abs().max().item())
+    assert capsys.readouterr().out == f"{(change < 0).double().mean():.0%} of the margins shrink\n"
+
+
+def test_there_are_five_examples_of_the_library_and_all_are_run():
+    shown_here = re.findall(r"^# (library: .*)$", EXTENDING.read_text(), re.M)
+    run_here = re.findall(r'shown\(EXTENDING, "# (library: [^"]*)"\), linear', Path(__file__).read_text())
+    assert len(shown_here) == 5
+    assert all(any(name.startswith(start) for start in run_here) for name in shown_here)
 
 
 @contextmanager
 def worked_examples() -> Iterator[None]:
     """All of docs/extending.md's examples, as if they stood in the files that they name; at the end they do not."""
-    with ExitStack() as stack:
+    with ExitStack() as stack, patch.dict(NORMS):
+        new_norm = shown(EXTENDING, "# library: a new norm")
+        exec(new_norm[: new_norm.index("boundary =")], {})
         for file, block in re.findall(r"^```python\n# (\S+)\.py\n(.*?)^```$", EXTENDING.read_text(), re.M | re.S):
             names = vars(importlib.import_module(file.replace("/", ".").removesuffix(".__init__")))
             for name, table in names.items():
@@ -308,6 +387,18 @@ def worked_examples() -> Iterator[None]:
 def examples():
     with worked_examples():
         yield
+
+
+def test_models_of_timm_as_shown(tmp_path):
+    pytest.importorskip("timm")
+    (tmp_path / "nets.py").write_text(shown(EXTENDING, "# own: nets.py"))
+    for function in ("small", "normalized"):
+        values = settings.resolve(settings.parse(["--model", f"{tmp_path / 'nets.py'}:{function}"]))
+        model = build_model(values).eval()
+        x = torch.rand(1, 3, 32, 32)
+        mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        if function == "normalized":
+            torch.testing.assert_close(model(x), model[1]((x - mean) / std))
 
 
 def test_a_new_loss_model_dataset_and_search_are_trained_with(examples, tmp_path):

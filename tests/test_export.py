@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from evaluations import two_checkpoints
 from runs import refusal
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 import eval as eval_script
 import export
 from evaluation.candidate import sha256
 from experiment import settings
+from experiment.build import build_model
 from experiment.folder import Experiment
 from models import create_model
 from storage.files import FileError
@@ -313,3 +317,104 @@ def test_force_overwrites(folder, tmp_path):
     (tmp_path / "out.pt").write_text("old")
     assert export.main([str(folder), str(tmp_path / "out.pt"), "--force"]) == 0
     assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == robustbench_names()
+
+
+# --- Safetensors, and their card --------------------------------------------------------------------------------------
+
+
+def head_and_text(path: Path) -> tuple[dict[str, Any], str]:
+    """What the Hub reads of a card, by the rules of its front matter, and the rest."""
+    _, head, text = path.read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(head), text
+
+
+def test_safetensors_hold_the_weights_and_what_they_are(folder, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert export.main([str(folder), str(out)]) == 0
+    weights = load_file(out)
+    assert sorted(weights) == sorted(robustbench_names())
+    for name, value in new_model(0).state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=0)
+    with safe_open(out, "pt") as file:
+        said = file.metadata()
+    assert said["format"] == "pt" and said["model"] == MODEL and said["dataset"] == "cifar10"
+    assert said["sha256"] == sha256(folder / "best.pt") and said["mean"] == "0.4914,0.4822,0.4465"
+
+
+def test_a_card_says_model_data_recipe_figures_and_hashes(folder, tmp_path):
+    add_record(folder)
+    add_record(folder, eps=4 / 255, eps_text="4/255", robust_accuracy=0.8)
+    add_record(folder, sha256="0" * 64, robust_accuracy=0.1234)
+    out = tmp_path / "out.safetensors"
+    export.main([str(folder), str(out)])
+    head, text = head_and_text(tmp_path / "out.md")
+    assert head["pipeline_tag"] == "image-classification" and "cifar10" in head["tags"]
+    (entry,) = head["model-index"]
+    (result,) = entry["results"]
+    assert result["dataset"]["name"] == "cifar10"
+    assert [metric["value"] for metric in result["metrics"]] == [0.9369, 0.6389, 0.8]
+    for expected in (
+        sha256(out),
+        sha256(folder / "best.pt"),
+        "10 classes, 32 x 32 pixels",
+        "Additional data: none",
+        "| AutoAttack standard, Linf | 8/255 | all 10000 | 93.69% | 63.89% |",
+        "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% | 80.00% |",
+        "DMWideResNet(num_classes=10, depth=16, width=1",
+        "python train.py --method at --model wrn-16-1-swish",
+        "python eval.py out.safetensors --model wrn-16-1-swish",
+    ):
+        assert expected in text, expected
+    assert "12.34" not in text
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    recipe, values = yaml.safe_load(recipe), run_settings()
+    assert {name: recipe[name] for name in ("method", "lr", "attack_eps", "epochs", "seed")} == {
+        name: values[name] for name in ("method", "lr", "attack_eps", "epochs", "seed")
+    }
+
+
+def test_a_card_says_what_was_validated_and_no_place_of_its_makers_machine(tmp_path):
+    values = run_settings("--pretrained", str(tmp_path / "secret" / "burn_in.pt"), "--name", "x")
+    values |= {"data_dir": str(tmp_path / "secret"), "train_subset": 500}
+    with Experiment.create(tmp_path, "run", values, echo=lambda message: None) as experiment:
+        state = {"settings": values, "average": new_model(0).state_dict(), "epoch": 1}
+        experiment.save_best(state | {"validation": {"val_clean": 0.75, "val_robust": 0.5}})
+    export.main([str(experiment.folder), str(tmp_path / "out.safetensors")])
+    head, text = head_and_text(tmp_path / "out.md")
+    assert "model-index" not in head
+    assert "On held-out training images: 75.00% clean, 50.00% robust (PGD-40, Linf, ε" in text
+    assert "Not evaluated by AutoAttack" in text
+    assert "500 class-balanced ones" in text
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert "secret" not in recipe and yaml.safe_load(recipe)["pretrained"] == "burn_in.pt"
+
+
+@pytest.mark.parametrize("argv", [[], ["--group-norm"], ["--normalize", "--mean", "0,0,0", "--std", "1,1,0.5"]])
+def test_the_code_of_a_card_makes_the_model(tmp_path, monkeypatch, argv):
+    values = run_settings(*argv)
+    torch.manual_seed(0)
+    model = build_model(values | {"channels_last": False}).eval()
+    with Experiment.create(tmp_path, "run", values, echo=lambda message: None) as experiment:
+        experiment.save_best({"settings": values, "average": model.state_dict(), "epoch": 1})
+    export.main([str(experiment.folder), str(tmp_path / "out.safetensors")])
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(names["model"](x), model(x))
+
+
+def test_a_full_disk_leaves_no_half_of_safetensors(tmp_path, monkeypatch, capsys):
+    folder = two_checkpoints(tmp_path)
+    original = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target).name == "out.md":
+            raise OSError(28, "No space left on device")
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    error = refusal(capsys, str(folder), str(tmp_path / "out.safetensors"), main=export.main)
+    assert "No space left on device" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

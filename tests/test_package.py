@@ -4,6 +4,8 @@ import ast
 import email.message
 import importlib.metadata
 import inspect
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +23,8 @@ import dyart
 ROOT = Path(__file__).parents[1]
 NAMES = (
     "find_boundary, approach_boundary, Boundary, is_locally_closest, margin_gradient_weights, "
-    "soft_logit_margin, logit_margin, dyart_loss, boundary_speed, update_direction, WeightAverage, pgd, __version__"
+    "soft_logit_margin, logit_margin, dyart_loss, boundary_speed, update_direction, WeightAverage, pgd, NORMS, Norm, "
+    "__version__"
 )
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
@@ -145,8 +148,13 @@ def test_the_metadata_says_what_is_needed(metadata):
     assert (metadata["Name"], metadata["Version"]) == ("dyart", dyart.__version__)
     assert metadata["License-Expression"] == "MIT" and metadata["License-File"] == "LICENSE"
     assert metadata["Summary"]
-    needed = metadata.get_all("Requires-Dist")
+    asked = metadata.get_all("Requires-Dist")
+    needed = [line for line in asked if Requirement(line).marker is None]
     assert sorted(Requirement(line).name for line in needed) == ["numpy", "torch"]
+    # What `pip install .[tensorboard]` adds.
+    extra = [Requirement(line) for line in asked if line not in needed]
+    assert [(one.name, str(one.marker)) for one in extra] == [("tensorboard", 'extra == "tensorboard"')]
+    assert metadata.get_all("Provides-Extra") == ["tensorboard"]
     assert set(needed) <= set((ROOT / "requirements.txt").read_text().split())
 
 
@@ -196,9 +204,24 @@ def test_dyart_imports_only_torch_numpy_and_pythons_own(path):
     assert tops - sys.stdlib_module_names <= {"dyart", "torch", "numpy"}
 
 
-@pytest.mark.parametrize("name", sorted({*dyart.__all__} - {"Boundary", "__version__"}))
+@pytest.mark.parametrize("name", sorted({*dyart.__all__} - {"Boundary", "NORMS", "Norm", "__version__"}))
 def test_what_is_exported_is_typed(name):
     exported = getattr(dyart, name)
     for function in [exported.__init__, exported.update] if inspect.isclass(exported) else [exported]:
         names = {*inspect.signature(function).parameters, "return"} - {"self"}
         assert names == typing.get_type_hints(function).keys()
+
+
+def test_pydoc_reads_well():
+    """It begins with what the package is for and a line for each name, and every name has its documentation."""
+    command = [sys.executable, "-m", "pydoc", "dyart"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONUTF8": "1"})
+    assert done.returncode == 0, done.stderr
+    head, _, rest = done.stdout.partition("PACKAGE CONTENTS")
+    assert head.split("DESCRIPTION")[0].split("NAME")[1].strip().startswith("dyart - The method of Dynamics-Aware")
+    for name in {*dyart.__all__} - {"__version__"}:
+        assert re.search(rf"\b{name}\b", head), name
+        exported = getattr(dyart, name)
+        if name != "NORMS":
+            assert inspect.getdoc(exported).splitlines()[0] in rest, name
+    assert max(map(len, head.splitlines())) <= 124

@@ -70,6 +70,7 @@ CIFAR10 = {
     "aux_data_filename": None,
     "cache_dir": None,
     "aux_data_content": None,
+    "model_content": None,
     "unsup_fraction": 0.7,
     "save_every": 0,
     "track_dynamics": 0,
@@ -81,6 +82,7 @@ CIFAR10 = {
     "compile": False,
     "cuda_graphs": False,
     "detect_anomaly": False,
+    "tensorboard": False,
     "rules": 2,
 }
 TINY = {"dataset": "tiny-imagenet", "model": "preact-resnet18", "burn_in_epochs": 20, "epochs": 100}
@@ -267,7 +269,7 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 SWITCHES = ["group-norm", "GroupNorm", "normalize", "nesterov", "augment", "high-quality", "use_high_quality"]
-SWITCHES += ["channels-last", "tf32", "compile", "cuda-graphs", "detect-anomaly", "dry-run"]
+SWITCHES += ["channels-last", "tf32", "compile", "cuda-graphs", "detect-anomaly", "dry-run", "tensorboard"]
 SWITCHES += ["clean_training", "DyART", "mart"]
 POSITIVE = ["burn-in-lr", "lr", "clip-grad", "clip_grad", "r0", "h_prime_r0", "temperature", "attack-eps"]
 POSITIVE += ["attack-step", "checkpoint-minutes"]
@@ -325,7 +327,7 @@ BAD = {
     "resume": [("missing", "no such experiment folder")],
     "resume_fname": [("a", "--resume True")],
 }
-FREE = {"data-dir", "cache-dir", "aux-data-content", "help"}  # any folder may hold data, or is made to
+FREE = {"model-content", "data-dir", "cache-dir", "aux-data-content", "help"}  # any folder may hold data, or is made to
 
 
 def test_every_flag_has_bad_values_here():
