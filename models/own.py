@@ -154,8 +154,8 @@ def check_model(
 ) -> None:
     """Hold one's own model against all that it is used for, on a copy, with a few random images.
 
-    It maps images (n, 3, *size) with pixels in [0, 1] to logits (n, num_classes), one image like many, in train mode and
-    in eval mode; there it does the same each time, for each image by itself, and has a gradient in the image. The
+    It maps images (n, 3, *size) with pixels in [0, 1] to logits (n, num_classes), one image like many, in train and
+    eval mode; in the latter it does the same each time, for each image by itself, and has a gradient in the image. The
     global random generators stay as they are. Raises ValueError, in one line that names what does not fit.
     """
     problem = f"--model {_USED[name].where if name in _USED else name}: the model"
