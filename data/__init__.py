@@ -12,7 +12,7 @@ from data.cifar import load_cifar10, load_cifar100
 from data.digits import load_digits
 from data.files import Split, digest
 from data.generated import Auxiliary, content_of, load_auxiliary
-from data.loader import Loader, balanced_subset, first_examples, is_sorted, random_generator, to_input
+from data.loader import Loader, balanced_subset, first_examples, is_sorted, random_generator, rows_of, to_input
 from data.tiny_imagenet import load_tiny_imagenet
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "is_sorted",
     "load_auxiliary",
     "load_data",
+    "rows_of",
     "to_input",
 ]
 
