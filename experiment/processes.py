@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -155,10 +156,12 @@ class Processes(contextlib.AbstractContextManager):
             self._store.set(f"at/{self.rank}", str(self._sums))
             work = dist.all_reduce(values, async_op=True)
             if values.is_cuda:
+                # NCCL would wait for ever for a process that has ended.
                 while not work.is_completed():
-                    if time.monotonic() - started > self._timeout.total_seconds():
-                        raise RuntimeError("timed out")
-                    time.sleep(1e-4)
+                    waited = time.monotonic() - started
+                    if waited > self._timeout.total_seconds() or (waited > 1 and self._ended()):
+                        raise RuntimeError("no answer")
+                    time.sleep(1e-4 if waited < 1 else 0.1)
                 work.wait()
             else:
                 work.wait(self._timeout)
@@ -266,41 +269,73 @@ class Processes(contextlib.AbstractContextManager):
 
     def tell(self, error: BaseException) -> None:
         """Let the others know what this process ends with, which they will ask when they miss it."""
-        if self._store is None or isinstance(error, Lost):
+        if self._store is None or self._broken:  # then it is what the others have told
             return
         kind = next((kind.__name__ for kind in (Stopped, ValueError, OSError) if isinstance(error, kind)), "")
         message = one_line(error, 2000) if kind else one_line(f"{type(error).__name__}: {error}", 2000)
         with contextlib.suppress(RuntimeError):
             self._store.set(f"end/{self.rank}", json.dumps([kind, message]))
+            self._broken = True
+            if not torch.cuda.is_available():
+                dist.destroy_process_group()  # so that the others miss it now; NCCL would wait for them
+            self._linger(self._others)
 
     def _what_happened(self, error: RuntimeError, waited: float) -> Exception:
         """Why a sum has failed: what another process ended with, or which of them is missing."""
-        in_time = waited < 0.99 * self._timeout.total_seconds()
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        missing: list[int] = others
-        try:
-            self._store.set(f"left/{self.rank}", "")
-            until = time.monotonic() + SEARCH
-            while missing and time.monotonic() < until:
-                for rank in others:
-                    if self._store.check([f"end/{rank}"]):
-                        return _as_told(rank, *json.loads(self._store.get(f"end/{rank}")))
-                missing = [rank for rank in others if not self._store.check([f"left/{rank}"])]
-                time.sleep(0.05)
-            counts = {rank: self._count_of(rank) for rank in missing}
-            missing = [rank for rank in missing if counts[rank] < self._sums] or missing
-        except RuntimeError:
-            missing = [0] if self.rank else others  # the store has gone with whoever kept it
         self._broken = True
+        found: list[Any] = []
+        # In a thread, since the store does not answer where rank 0 keeps it, and hangs.
+        search = threading.Thread(target=lambda: found.append(self._search()), daemon=True)
+        search.start()
+        search.join(2 * SEARCH + 1)
+        missing = found[0] if found else [0]
+        if isinstance(missing, Exception):
+            return missing
         if self.rank == min({*range(self.size)} - {*missing}):
             self._speak()
         names = f"rank {missing[0]}" if len(missing) == 1 else f"one of the ranks {', '.join(map(str, missing))}"
         if not missing:
             return Lost(f"the processes cannot reach each other any more ({one_line(error, 200)})")
-        if in_time:
+        if waited < 0.99 * self._timeout.total_seconds():
             return Lost(f"{names} of {self.size} processes is gone")
         minutes = self._timeout.total_seconds() / 60
         return Lost(f"waited {minutes:g} minutes for {names} of {self.size} processes (--process-timeout-minutes)")
+
+    def _search(self) -> list[int] | Exception:
+        """Which processes are missing, or what one of them ended with."""
+        missing = self._others
+        try:
+            self._store.set(f"left/{self.rank}", "")
+            until = time.monotonic() + SEARCH
+            while missing and time.monotonic() < until:
+                for rank in self._ended():
+                    told = json.loads(self._store.get(f"end/{rank}"))
+                    self._store.set(f"read/{self.rank}", "")
+                    return _as_told(rank, *told)
+                missing = [rank for rank in self._others if not self._store.check([f"left/{rank}"])]
+                time.sleep(0.05)
+            behind = [rank for rank in missing if self._count_of(rank) < self._sums]
+            self._store.set(f"read/{self.rank}", "")
+            self._linger([rank for rank in self._others if rank not in missing])
+        except RuntimeError:
+            return [0] if self.rank else missing  # the store has gone with whoever kept it
+        return behind or missing
+
+    @property
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    def _ended(self) -> list[int]:
+        """Which of the others have told what they ended with."""
+        return [rank for rank in self._others if self._store.check([f"end/{rank}"])]
+
+    def _linger(self, readers: Sequence[int]) -> None:
+        """Rank 0 may be who keeps the store: it stays until the others have read there what has happened."""
+        until = time.monotonic() + SEARCH
+        while not self.rank and time.monotonic() < until:
+            if all(self._store.check([f"read/{rank}"]) for rank in readers):
+                return
+            time.sleep(0.05)
 
     def _count_of(self, rank: int) -> int:
         return int(self._store.get(f"at/{rank}")) if self._store.check([f"at/{rank}"]) else 0
