@@ -100,7 +100,7 @@ def new_or_resumed(given: dict[str, Any], processes: Processes, held: contextlib
                 f"learning rate, as --scheduler {stage.scheduler} has it; for short runs: --scheduler cyclic"
             )
     try:
-        train(run, data, experiment, Signals(in_company=processes.size > 1))
+        train(run, data, experiment, Signals(in_company=processes.connected))
     except Interrupted as stop:
         experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
         return 128 + stop.args[0]
@@ -142,7 +142,7 @@ def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None, process
     run = begin_stage(settings, stage, model, data, Progress(), processes)
     if loaded is not None:
         run.restore(loaded.state, loaded.path)
-    if processes.size > 1:
+    if processes.connected:
         processes.check_alike("weights or images", run.checksum())
     return run
 

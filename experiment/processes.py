@@ -75,6 +75,11 @@ class Processes(contextlib.AbstractContextManager):
             sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (until the end)
         return self
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is something to add up, and others to hear: not for the one process of a run."""
+        return self._store is not None
+
     def connect(self, timeout_minutes: float) -> None:
         """Find the others. timeout_minutes: how long to wait for one, here and at every later sum. Raises Lost."""
         if not self._connects:
@@ -148,7 +153,7 @@ class Processes(contextlib.AbstractContextManager):
 
     def sum_(self, values: Tensor) -> None:
         """Put the sum over all processes in the place of `values`. Raises Lost, or what another process ended with."""
-        if self._store is None:
+        if not self.connected:
             return
         self._sums += 1
         started = time.monotonic()
@@ -170,7 +175,7 @@ class Processes(contextlib.AbstractContextManager):
 
     def whole(self, values: Tensor, n: int, signals: Signals | None = None) -> Tensor:
         """The values (n,) of all rows, of which `values` are those of this process; with the wish to stop."""
-        if self.size == 1:
+        if not self.connected:
             return values
         flat = torch.zeros(n + len(ASKING), device=values.device)
         if self.rank < n:
@@ -183,7 +188,7 @@ class Processes(contextlib.AbstractContextManager):
 
     def mean_(self, values: Sequence[Tensor], n: int) -> None:
         """Put the mean over all n rows in the place of means over the rows of this process."""
-        if self.size > 1:
+        if self.connected:
             flat = _flat([self.weight(n) * value for value in values])
             self.sum_(flat)
             for value, mean in zip(values, _split(flat, values), strict=True):
@@ -197,7 +202,7 @@ class Processes(contextlib.AbstractContextManager):
         loss: Tensor,
         metrics: dict[str, Tensor],
         n: int,
-        signals: Signals,
+        signals: Signals | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """From a backward pass on the rows of this process to one on the whole batch of n: in one sum.
 
@@ -207,7 +212,7 @@ class Processes(contextlib.AbstractContextManager):
 
         Returns the loss and the metrics.
         """
-        if self.size == 1:
+        if not self.connected:
             return loss.detach(), metrics
         weight = self.weight(n)
         kept = [pair for pair in zip(model.buffers(), buffers_before, strict=True) if pair[0].dtype != torch.bool]
@@ -225,7 +230,7 @@ class Processes(contextlib.AbstractContextManager):
                 pieces.append(of_all)
             else:
                 pieces.append(weight * value)
-        pieces += [weight * loss, reached, signals.wished()]
+        pieces += [weight * loss, reached, torch.zeros(len(ASKING)) if signals is None else signals.wished()]
         flat = _flat(pieces, loss.device)
         self.sum_(flat)
         sums = _split(flat, pieces)
@@ -236,14 +241,15 @@ class Processes(contextlib.AbstractContextManager):
         sums = sums[len(parameters) :]
         for (buffer, before), change in zip(kept, sums, strict=False):
             buffer.copy_(before + (change if buffer.is_floating_point() else change.round().to(buffer.dtype)))
-        signals.hear(sums[-1])
+        if signals is not None:
+            signals.hear(sums[-1])
         return sums[-3], dict(zip(metrics, sums[len(kept) :], strict=False))
 
     # --- Words --------------------------------------------------------------------------------------------------------
 
     def meet(self, message: str = "") -> list[str]:
         """Wait for all processes; what each of them says, by rank. Raises Lost, or what another process ended with."""
-        if self._store is None:
+        if not self.connected:
             return [message]
         said = os.fsencode(message)[:MESSAGE]
         every = torch.zeros(self.size, MESSAGE, dtype=torch.uint8)

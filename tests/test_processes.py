@@ -3,6 +3,7 @@
 Real processes over gloo on this machine. With DYART_LARGE_TESTS=1: every method, number and precision, and 50 kills.
 """
 
+import contextlib
 import copy
 import math
 import os
@@ -10,6 +11,9 @@ import random
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +23,7 @@ import pytest
 import torch
 from children import exit_status, fork_company
 from company import SmallNet, largest_difference, said, small, train_script, train_together
-from runs import contents, differences, files, refusal, run_training
+from runs import contents, differences, files, refusal, run_training, tiny
 
 import models
 import train
@@ -32,6 +36,7 @@ from experiment.processes import Processes
 from experiment.settings import resolve
 from experiment.signals import Interrupted, Signals
 
+ROOT = Path(__file__).parents[1]
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 KILLS = 50 if LARGE else 5
 
@@ -163,7 +168,7 @@ def test_validation_counts_the_same_for_any_number_of_processes(tmp_path: Path) 
     def body(rank: int) -> None:
         with Processes.of_environment() as together:
             together.connect(1)
-            scores = validation.validate(model, split, settings, Signals(in_company=together.size > 1), together)
+            scores = validation.validate(model, split, settings, Signals(in_company=together.connected), together)
             (tmp_path / f"{together.size}-{rank}").write_text(str(scores))
 
     found = []
@@ -368,6 +373,54 @@ def test_a_step_is_skipped_by_all_where_it_is_bad_for_one(tmp_path: Path) -> Non
 
     assert train_together(2, small(tmp_path, "--method", "clean"), tmp_path / "said", bad) == [0, 0]
     assert [row["bad_steps"] for row in Experiment.open(tmp_path / "run").read_metrics()] == [1, 1]
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+def workers(agent: int) -> dict[int, int]:
+    """The processes that a torchrun has started, by rank."""
+    found = {}
+    for task in Path(f"/proc/{agent}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                rank = re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
+                found |= {int(rank[1]): int(child)} if rank else {}
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2] if LARGE else [2])
+def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(nodes: int, tmp_path: Path) -> None:
+    """With two agents as two machines. Bit for bit as a run that was not disturbed."""
+    flags = ["--group-norm", "--method", "at", "--attack-iter", "1", "--checkpoint-minutes", "1e-9"]
+    flags += ["--epochs", "3", "--if-exists", "resume"]
+    assert train_together(2, tiny(tmp_path / "whole", *flags), tmp_path / "said") == [0, 0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", "--monitor-interval", "0.1"]
+    command += ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d"]
+    command += ["--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = (tmp_path / "agents.txt").open("w")
+    start = {"env": environment, "stdout": log, "stderr": log}
+    agents = [subprocess.Popen([*command, *tiny(tmp_path, *flags)], **start) for _ in range(nodes)]
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run" / "latest.pt").exists():
+            assert time.monotonic() < until and agents[0].poll() is None, (tmp_path / "agents.txt").read_text()[-3000:]
+            time.sleep(0.02)
+        victims = {rank: pid for agent in agents for rank, pid in workers(agent.pid).items()}
+        os.kill(victims[1], signal.SIGKILL)
+        assert [agent.wait(120) for agent in agents] == [0] * nodes, (tmp_path / "agents.txt").read_text()[-3000:]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+        log.close()
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.count("resume: from") == 1 and text.count("finished: ") == 1
+    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
 
 
 # --- --if-exists resume -----------------------------------------------------------------------------------------------
