@@ -19,7 +19,7 @@ def test_rows_have_the_noise_of_the_whole_batch():
     assert torch.equal(whole, torch.randn(7, 2, generator=seeded(), dtype=torch.float64))
     for rows in (slice(1, 7, 3), slice(None)):
         assert torch.equal(draw(torch.randn, whole[rows].shape, like, RowsOf(seeded(), rows, 7)), whole[rows])
-    with pytest.raises(ValueError, match="noise for 3 examples, where 4 are rows of the batch of 7"):
+    with pytest.raises(ValueError, match="noise for 3 examples, of which 4 are rows of the batch of 7"):
         draw(torch.randn, (3, 2), like, RowsOf(seeded(), slice(0, None, 2), 7))
 
 
