@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         figures["correct"] = workload.correct().float().mean().item()
         report["subjects"].append(figures)
         if options["processes"]:
-            figures["processes"] = measure_processes(target, options)
+            figures["processes"] = measure_processes(target, workload, options)
             print_processes(figures["processes"], options["processes"])
         else:
             figures["times"] = measure_times(workload, options, rate)

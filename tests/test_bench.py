@@ -58,9 +58,8 @@ def test_smoke_run(tmp_path):
 
 def test_steps_that_processes_share_out(tmp_path, capsys):
     output = tmp_path / "bench.json"
-    assert (
-        bench.main(["--smoke", "--processes", "2", "--threads", "1", "--device", "cpu", "--output", str(output)]) == 0
-    )
+    flags = ["--smoke", "--processes", "2", "--threads", "1", "--device", "cpu", "--output", str(output)]
+    assert bench.main(flags) == 0
     (workload,) = json.loads(output.read_text())["subjects"]
     assert set(workload["processes"]) == set(SHARED_OUT)
     printed = capsys.readouterr().out
@@ -69,10 +68,8 @@ def test_steps_that_processes_share_out(tmp_path, capsys):
         median = {key: row[key]["median"] for key in ("alone", "together", "throughput", *PARTS)}
         assert median["throughput"] == pytest.approx(median["alone"] / median["together"])  # there is one round
         assert median["together"] == pytest.approx(sum(median[part] for part in PARTS)) and min(median.values()) > 0
-    assert (
-        workload["processes"]["DyART step"]["passes"]["median"]
-        > workload["processes"]["clean step"]["passes"]["median"]
-    )
+    dyart, clean = (workload["processes"][name]["passes"]["median"] for name in ("DyART step", "clean step"))
+    assert dyart > clean
 
 
 @pytest.mark.parametrize(

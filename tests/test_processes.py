@@ -423,6 +423,26 @@ def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(nodes: i
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
 
 
+@pytest.mark.skipif(not LARGE, reason="another quarter of a minute of starting processes")
+def test_sigterm_to_torchrun_itself_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """Which is how a cluster ends a job: torchrun hands it on to its workers, and does not start them again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "3", str(ROOT / "train.py"), *tiny(tmp_path, "--epochs", "100", "--method", "clean")]
+    agent = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run" / "latest.pt").exists():
+            assert time.monotonic() < until and agent.poll() is None
+            time.sleep(0.02)
+        agent.terminate()
+        assert agent.wait(60) != 0
+    finally:
+        agent.kill()
+        agent.wait()
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.count("stopped by SIGTERM; go on with") == 1 and "finished: " not in text
+
+
 # --- --if-exists resume -----------------------------------------------------------------------------------------------
 
 

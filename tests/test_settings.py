@@ -78,6 +78,7 @@ CIFAR10 = {
     "compile": False,
     "cuda_graphs": False,
     "detect_anomaly": False,
+    "sync_batch_norm": False,
     "rules": 2,
 }
 TINY = {"dataset": "tiny-imagenet", "model": "preact-resnet18", "burn_in_epochs": 20, "epochs": 100}
