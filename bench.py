@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from analysis.company import measure_processes
 from analysis.cost import bf16_rate, load_workload, measure_memory, measure_times
 from analysis.quality import measure_quality
 from dyart.modes import PRECISIONS
@@ -40,6 +41,8 @@ def build_parser() -> flags.Parser:
     g.add_argument("--steps", type=flags.whole(least=1), nargs="*", default=[2, 4], help="other numbers to compare")
     g.add_argument("--norm", choices=list(NORMS), default=None, help="of margins and attacks (the run's, or Linf)")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the choice of images and of random starts")
+    only = "instead of all this, steps that so many processes share out on this machine, against one process"
+    g.add_argument("--processes", type=flags.whole(least=1), default=None, help=only)
     flags.add_switch(p, "--smoke", default=False, help="a few seconds on digits, to see that it runs")
     g = p.add_argument_group("where and how")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
@@ -76,11 +79,15 @@ def main(argv: list[str] | None = None) -> int:
         workload = load_workload(target, options)
         figures = {"weights": workload.identity, "norm": workload.norm}
         figures["correct"] = workload.correct().float().mean().item()
-        figures["times"] = measure_times(workload, options, rate)
-        figures["memory"] = measure_memory(target, workload, options)
-        figures["quality"] = measure_quality(workload, options) if options["examples"] else []
         report["subjects"].append(figures)
-        print_tables(figures)
+        if options["processes"]:
+            figures["processes"] = measure_processes(target, workload, options)
+            print_processes(figures["processes"], options["processes"])
+        else:
+            figures["times"] = measure_times(workload, options, rate)
+            figures["memory"] = measure_memory(target, workload, options)
+            figures["quality"] = measure_quality(workload, options) if options["examples"] else []
+            print_tables(figures)
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, report)
     print(f"{name}, {options['threads']} threads; figures in {output}")
@@ -125,6 +132,22 @@ def print_tables(figures: dict[str, Any]) -> None:
     for row in figures["quality"]:
         ratios = " | ".join(f"{row.get(key, math.nan):{w}.3f}" for key, w in RATIOS.items())
         print(f"| {row['search']:27} | {row['found']:.3f} | {row['kept']:.3f} | {ratios} |")
+    print()
+
+
+def print_processes(figures: dict[str, Any], size: int) -> None:
+    """What steps cost that processes share out, for people."""
+    columns = {
+        "alone": "one process, ms",
+        "together": f"{size} processes, ms",
+        "throughput": "throughput, of the one's",
+    }
+    columns |= {"passes": "passes, ms", "sum": "sum, ms", "rest": "rest, ms"}
+    print(f"\n| {'':10} | {' | '.join(f'{name:>24}' for name in columns.values())} |")
+    print(f"| {'-' * 10} | {' | '.join('-' * 23 + ':' for _ in columns)} |")
+    for name, row in figures.items():
+        cells = [interval(row[key], *((1, 3) if key == "throughput" else (1000, 1))) for key in columns]
+        print(f"| {name:10} | {' | '.join(f'{cell:>24}' for cell in cells)} |")
     print()
 
 

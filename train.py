@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Loader, Split, to_input
-from dyart.attacks import pgd
+from data import Loader
 from dyart.averaging import WeightAverage, statistics_momentum
-from dyart.dynamics import negative_speed_share
 from dyart.graphs import CudaGraphs
 from dyart.losses import LOSSES
 from dyart.modes import batch_norm_momentum, mixed_precision
@@ -33,17 +31,20 @@ from experiment.build import (
     generated_content,
     load_splits,
     loss_options,
-    sample,
+    share_statistics,
     stages_of,
+    step_seed,
 )
 from experiment.folder import Experiment, Loaded
-from experiment.guards import Diverged, anomalies_detected, check_finite, finite_validation, skip_step
+from experiment.guards import anomalies_detected, check_finite, finite_validation, skip_step
 from experiment.metrics import Meter, describe, peak_memory_mib
+from experiment.processes import ALONE, Processes, Stopped
 from experiment.schedules import SCHEDULES, idle_epochs
-from experiment.settings import as_yaml, default_name, parse, resolve
+from experiment.settings import PROCESS_TIMEOUT_MINUTES, as_yaml, default_name, parse, resolve
 from experiment.signals import Interrupted, Signals
-from experiment.state import Progress, Run, check_metrics, resume, rewind
+from experiment.state import Progress, Run, begin, begun, check_metrics, resume, rewind
 from experiment.tensorboard import Board, check_tensorboard
+from experiment.validation import track_dynamics, validate
 from experiment.weights import load_pretrained
 
 # --- The run: its folder, model and images ----------------------------------------------------------------------------
@@ -52,18 +53,26 @@ from experiment.weights import load_pretrained
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, make or reopen the folder, train. The exit status: 0, 1 diverged, 128 + n after signal n."""
     with contextlib.ExitStack() as held:
-        return new_or_resumed(parse(argv), held)
+        processes = held.enter_context(Processes.of_environment())
+        given = parse(argv)
+        processes.connect(given.pop("process_timeout_minutes", PROCESS_TIMEOUT_MINUTES))
+        return new_or_resumed(given, processes, held)
 
 
-def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
+def new_or_resumed(given: dict[str, Any], processes: Processes, held: contextlib.ExitStack) -> int:
     """A run from its flags to its end; its folder is given back by `held`, however it ends. The exit status."""
     dry_run, folder = given.pop("dry_run", False), given.pop("resume", None)
-    output_dir = given.get("output_dir", "experiments")
+    output_dir, exist = given.get("output_dir", "experiments"), given.get("if_exists", "rename")
     if folder is None:
         settings, loaded = resolve(given), None
-        check_early(settings, output_dir)
+        name = (given.get("name") or default_name(settings)) + given.get("name_extra", "")
+        if exist == "resume":
+            folder = begun(output_dir, name, settings, processes)
+    if folder is None:
+        check_early(settings, output_dir, processes)
     else:
-        experiment, settings, loaded = resume(folder, given, dry_run=dry_run)
+        with processes.rank_0_first():
+            experiment, settings, loaded = resume(folder, given, processes, dry_run=dry_run)
         held.enter_context(experiment)
     if dry_run:
         print(as_yaml(settings), end="")
@@ -78,15 +87,14 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
         check_metrics(experiment)
     settings["aux_data_content"] = generated_content(settings)
     data = load_splits(settings)
-    run = prepare(settings, data, loaded)
+    run = prepare(settings, data, loaded, processes)
     if folder is None:
-        name = (given.get("name") or default_name(settings)) + given.get("name_extra", "")
-        exist = {"rename": "rename", "stop": "error"}[given.get("if_exists", "rename")]
-        experiment = Experiment.create(output_dir, name, settings, exist=exist, echo=tqdm.write)
-        held.enter_context(experiment)
+        exist = {"rename": "rename", "stop": "error", "resume": "adopt"}[exist]
+        experiment = held.enter_context(begin(output_dir, name, settings, exist, processes))
     else:
         rewind(experiment, settings, loaded)
-    board = held.enter_context(Board(settings, experiment.folder, data.validation, run.progress.epoch))
+    shown = settings if processes.rank == 0 else settings | {"tensorboard": False}
+    board = held.enter_context(Board(shown, experiment.folder, data.validation, run.progress.epoch))
     for stage in stages_of(settings):
         if idle := idle_epochs(stage.scheduler, stage.epochs):
             experiment.log(
@@ -94,20 +102,21 @@ def new_or_resumed(given: dict[str, Any], held: contextlib.ExitStack) -> int:
                 f"learning rate, as --scheduler {stage.scheduler} has it; for short runs: --scheduler cyclic"
             )
     try:
-        train(run, data, experiment, board, Signals())
+        train(run, data, experiment, board, Signals(in_company=processes.connected))
     except Interrupted as stop:
         experiment.log(f"stopped by {signal.Signals(stop.args[0]).name}; go on with --resume {experiment.folder}")
         return 128 + stop.args[0]
-    except Diverged as error:
+    except Stopped as error:
+        processes.tell(error)
         experiment.log(f"stopped: {error}")
         return 1
     experiment.log(f"finished: {experiment.folder}")
     return 0
 
 
-def check_early(settings: dict[str, Any], output_dir: str) -> None:
+def check_early(settings: dict[str, Any], output_dir: str, processes: Processes) -> None:
     """What can be told to be wrong before data is fetched and a folder made. Raises ValueError or OSError."""
-    flags.device(settings["device"], cuda_graphs=settings["cuda_graphs"])
+    flags.device(processes.device(settings["device"]), cuda_graphs=settings["cuda_graphs"])
     model = build_model(settings)
     if settings["pretrained"] is not None:
         load_pretrained(model, settings)
@@ -115,9 +124,9 @@ def check_early(settings: dict[str, Any], output_dir: str) -> None:
     flags.check_writable(output_dir, "--output-dir")
 
 
-def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None) -> Run:
+def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None, processes: Processes = ALONE) -> Run:
     """The run at its start, or where a checkpoint left it. Raises ValueError or OSError for what cannot be used."""
-    device = flags.device(settings["device"], cuda_graphs=settings["cuda_graphs"])
+    device = flags.device(processes.device(settings["device"]), cuda_graphs=settings["cuda_graphs"])
     torch.backends.cudnn.deterministic = True
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings["tf32"]
     random.seed(settings["seed"])
@@ -127,28 +136,32 @@ def prepare(settings: dict[str, Any], data: Data, loaded: Loaded | None) -> Run:
     model = build_model(settings)
     if settings["pretrained"] is not None and loaded is None:
         load_pretrained(model, settings)
-    model.to(device)
+    model = share_statistics(model.to(device), settings, device, processes.size)
     check_tensorboard(settings["tensorboard"])
     if settings["compile"]:
         flags.check_compile(device)
         model.compile()
-    if loaded is None:
-        return begin_stage(settings, 0, model, data, Progress())
-    run = begin_stage(settings, loaded.state["progress"]["stage"], model, data, Progress())
-    run.restore(loaded.state, loaded.path)
+    stage = 0 if loaded is None else loaded.state["progress"]["stage"]
+    run = begin_stage(settings, stage, model, data, Progress(), processes)
+    if loaded is not None:
+        run.restore(loaded.state, loaded.path)
+    if processes.connected:
+        processes.check_alike("weights or images", run.checksum())
     return run
 
 
 # --- Its stages -------------------------------------------------------------------------------------------------------
 
 
-def begin_stage(settings: dict[str, Any], index: int, model: nn.Module, data: Data, progress: Progress) -> Run:
+def begin_stage(
+    settings: dict[str, Any], index: int, model: nn.Module, data: Data, progress: Progress, processes: Processes = ALONE
+) -> Run:
     """The run at the start of stage number `index`, from the model's weights as they are."""
     stage = stages_of(settings)[index]
     device = next(model.parameters()).device
     mixed_in = {} if stage.name == "burn-in" else data.generated
     options = {"seed": settings["seed"], "augment": settings["augment"], "device": device, **mixed_in}
-    loader = Loader(data.train, stage.batch_size, **options)
+    loader = Loader(data.train, stage.batch_size, part=processes.part(), **options)
     # The average copies during the first 2.5 % of all steps.
     average = WeightAverage(model, tau=settings["tau"], warmup_steps=round(0.025 * stage.epochs * len(loader)))
     optimizer = build_optimizer(model, stage, settings)
@@ -156,7 +169,7 @@ def begin_stage(settings: dict[str, Any], index: int, model: nn.Module, data: Da
     progress.stage = index
     # To look for anomalies waits for the GPU, which a captured graph cannot.
     graphs = CudaGraphs() if settings["cuda_graphs"] and not settings["detect_anomaly"] else None
-    return Run(settings, stage, loader, model, average, optimizer, scheduler, progress, Meter(), graphs)
+    return Run(settings, stage, loader, model, average, optimizer, scheduler, progress, Meter(), graphs, processes)
 
 
 def train(run: Run, data: Data, experiment: Experiment, board: Board, signals: Signals) -> None:
@@ -172,18 +185,19 @@ def train(run: Run, data: Data, experiment: Experiment, board: Board, signals: S
                 train_epoch(run, experiment, signals)
                 check_finite(run, experiment)
                 with finite_validation(run, experiment):
-                    scores = validate(run.average.model, data.validation, settings, signals)
+                    scores = validate(run.average.model, data.validation, settings, signals, run.processes)
                 scores |= track_dynamics(run, data.train)
             except Interrupted:
                 check_finite(run, experiment)
                 experiment.save_latest(run.checkpoint_to_resume())
+                run.processes.meet()  # the first to end would end the others before they have saved
                 raise
             end_epoch(run, scores, experiment, board, last_stage=last_stage)
         if last_stage:
             return
         # The next stage starts from this one's averaged weights.
         run.model.load_state_dict(run.average.model.state_dict())
-        run = begin_stage(settings, run.progress.stage + 1, run.model, data, run.progress)
+        run = begin_stage(settings, run.progress.stage + 1, run.model, data, run.progress, run.processes)
 
 
 # --- One epoch, one step ----------------------------------------------------------------------------------------------
@@ -205,7 +219,7 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
     )
     with bar:
         for x, y in bar:
-            train_step(run, x, y, experiment)
+            train_step(run, x, y, experiment, signals)
             bar.set_postfix(meter.summary(run.settings["norm"]), refresh=False)
             meter.state["seconds"] = time.monotonic() - started
             signals.check()
@@ -215,13 +229,18 @@ def train_epoch(run: Run, experiment: Experiment, signals: Signals) -> None:
                 saved = time.monotonic()
 
 
-def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment) -> None:
-    """One step on a batch: x (n, 3, h, w) with pixels in [0, 1], y (n,). Raises Diverged."""
+def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment, signals: Signals) -> None:
+    """One step on a batch: x (n, 3, h, w) with pixels in [0, 1], y (n,). Raises Diverged.
+
+    Each of several processes has its rows of the batch; from the sum of their gradients on, all do the same.
+    """
     settings, stage, progress, device = run.settings, run.stage, run.progress, run.loader.device
+    images = run.loader.batch_rows(progress.step)
     options = loss_options(settings, stage.method)
+    seed = step_seed(settings, stage.epochs_before, progress.total_steps)
+    run.processes.reseed(seed)
     if stage.method != "clean":
-        seed = step_seed(settings, stage.epochs_before, progress.total_steps)
-        options["generator"] = torch.Generator(device).manual_seed(seed)
+        options["generator"] = run.processes.noise(torch.Generator(device).manual_seed(seed), images)
     if stage.method == "dyart":
         options["graphs"] = run.graphs
     if settings["channels_last"]:
@@ -243,13 +262,14 @@ def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment) -> None:
         with mixed_precision(settings["amp"], device.type):
             loss, metrics = LOSSES[stage.method](run.model, x, y, **options)
         loss.backward()
+    loss, metrics = run.processes.add_up(run.model, buffers_before, loss, metrics, images, signals)
     grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip_grad or math.inf).item()
     progress.step += 1
     progress.total_steps += 1
     if math.isfinite(grad_norm) and math.isfinite(loss.item()):
         run.optimizer.step()
         run.average.update(run.model, (progress.epoch - stage.epochs_before) * len(run.loader) + progress.step)
-        run.meter.add(metrics, grad_norm, len(y))
+        run.meter.add(metrics, grad_norm, images)
         progress.bad_in_a_row = 0
     else:
         skip_step(run, buffers_before, loss.item(), grad_norm, experiment)
@@ -257,60 +277,7 @@ def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment) -> None:
         run.advance_schedule()
 
 
-def step_seed(settings: dict[str, Any], *position: int) -> int:
-    """A seed for the random starts of one step (or one validation), the same wherever the run was resumed."""
-    return int(np.random.SeedSequence([settings["seed"], *position]).generate_state(1)[0])
-
-
 # --- The end of an epoch ----------------------------------------------------------------------------------------------
-
-
-def validate(model: nn.Module, split: Split, settings: dict[str, Any], signals: Signals) -> dict[str, float]:
-    """Clean accuracy, and robust accuracy under PGD on the CW loss, of the averaged model on held-out images."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(step_seed(settings, 0))
-    clean = robust = 0
-    for start in range(0, len(split.labels), settings["validation_batch_size"]):
-        signals.check()
-        rows = slice(start, start + settings["validation_batch_size"])
-        x, y = to_input(split.images[rows]).to(device), split.labels[rows].to(device)
-        with torch.no_grad():
-            correct = model(x).argmax(1) == y
-        x, y = x[correct], y[correct]
-        clean += len(y)
-        x_adv = pgd(
-            model,
-            x,
-            y,
-            norm=settings["norm"],
-            eps=settings["attack_eps"],
-            step_size=settings["attack_step"],
-            steps=settings["validation_attack_iter"],
-            objective="cw",
-            generator=generator,
-        )
-        if len(y):
-            with torch.no_grad():
-                robust += (model(x_adv).argmax(1) == y).sum().item()
-    return {"val_clean": clean / len(split.labels), "val_robust": robust / len(split.labels)}
-
-
-def track_dynamics(run: Run, split: Split) -> dict[str, float | None]:
-    """The share of negative speeds below --attack-eps, in the epochs that --track-dynamics asks for.
-
-    Of the boundary of the trained model as it is, along minus the gradient of the stage's loss on a fixed batch of
-    training images as they are.
-    """
-    every, method = run.settings["track_dynamics"], run.stage.method
-    if not every or (run.progress.epoch + 1) % every:
-        return {}
-    below = run.settings["attack_eps"] if run.settings["rules"] >= 2 else 8 / 255
-    device, batch = run.loader.device, sample(split, run.stage.batch_size, run.settings)
-    x, y = to_input(batch.images).to(device), batch.labels.to(device)
-    share = negative_speed_share(
-        run.model, x, y, method, below=below, norm=run.settings["norm"], options=loss_options(run.settings, method)
-    )
-    return {"negative_speeds": None if math.isnan(share) else share}
 
 
 def end_epoch(run: Run, scores: dict[str, float], experiment: Experiment, board: Board, *, last_stage: bool) -> None:

@@ -28,6 +28,7 @@ from experiment import flags
 from experiment.build import build_model, loss_options
 from experiment.folder import named_checkpoints
 from experiment.images import resolve_images
+from experiment.processes import ALONE, Processes
 from experiment.settings import resolve, resolve_normalization, with_own_model
 from experiment.weights import MODEL_SETTINGS
 
@@ -123,15 +124,24 @@ def measured_on(identity: Mapping[str, Any]) -> str:
     return "test" if content is None or has_test(content) else "validation"
 
 
-def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Callable[[], None]:
-    """One step of a training method on its own copy of the model, as in train.py; at a learning rate of 0."""
+def training_step(
+    workload: Workload,
+    name: str,
+    options: dict[str, Any],
+    processes: Processes = ALONE,
+    lap: Callable[[str], None] = lambda part: None,
+) -> Callable[[], None]:
+    """One step of a training method on its own copy of the model, as in train.py; at a learning rate of 0.
+
+    Of several processes each takes its rows. lap: called with the name of each part of the step when it is done.
+    """
     method, extra = STEPS[name]
     model = copy.deepcopy(workload.model)
     average = WeightAverage(model)
     sgd = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, **sgd)
-    batch = slice(options["batch_size"])
-    x, y = workload.x[batch], workload.y[batch]
+    n = min(options["batch_size"], len(workload.y))
+    x, y = workload.x[:n][processes.rows(n)], workload.y[:n][processes.rows(n)]
     arguments = loss_options(resolve({"method": method, "norm": workload.norm, **extra}), method)
     if name == "DyART step" and options["cuda_graphs"]:
         arguments["graphs"] = CudaGraphs()
@@ -142,11 +152,15 @@ def training_step(workload: Workload, name: str, options: dict[str, Any]) -> Cal
             buffer.copy_(value)
         optimizer.zero_grad()
         with workload.autocast():
-            loss, _ = LOSSES[method](model, x, y, **arguments)
+            loss, metrics = LOSSES[method](model, x, y, **arguments)
         loss.backward()
+        lap("passes")
+        processes.add_up(model, [value for _, value in statistics_], loss, metrics, n)
+        lap("sum")
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
         optimizer.step()
         average.update(model, 1000)
+        lap("rest")
 
     return step
 

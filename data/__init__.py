@@ -15,7 +15,16 @@ from data.cifar import load_cifar10, load_cifar100
 from data.digits import load_digits
 from data.files import DataFileError, Split, digest
 from data.generated import Auxiliary, content_of, load_auxiliary
-from data.loader import Loader, balanced_subset, class_shares, first_examples, is_sorted, random_generator, to_input
+from data.loader import (
+    Loader,
+    balanced_subset,
+    class_shares,
+    first_examples,
+    is_sorted,
+    random_generator,
+    rows_of,
+    to_input,
+)
 from data.own import (
     CONTENT,
     HELD_OUT,
@@ -58,6 +67,7 @@ __all__ = [
     "load_data",
     "load_images",
     "num_classes",
+    "rows_of",
     "same_classes",
     "to_input",
 ]

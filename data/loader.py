@@ -46,6 +46,15 @@ def crop_and_flip(images: torch.Tensor, top: torch.Tensor, left: torch.Tensor, f
     return padded[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def rows_of(n: int, part: int, parts: int) -> slice:
+    """The rows of a batch of n that one of several parts of it has: every parts-th one.
+
+    So each has its share of the generated images, which stand at the end of a batch. A part for which none is left gets
+    them all, which its taker is to count for nothing.
+    """
+    return slice(part, n, parts) if part < n else slice(None)
+
+
 class Loader:
     """Batches of (x, y): x (n,3,H,W) float32 in [0,1], y (n,) int64, both on `device`.
 
@@ -59,6 +68,9 @@ class Loader:
     auxiliary_fraction) auxiliary rows, drawn uniformly, after those from the training set, which is shuffled again
     where it comes to its end. Auxiliary rows are read by threads, for the batches after the one that is handed out; on
     a GPU they are copied from pinned memory while the step before is computed.
+
+    part: (which, of how many): yield only those rows of each batch, as `rows_of` has them; what is drawn is drawn for
+    the whole batch.
 
     Raises ValueError for a batch size or number of steps below 1, and a fraction outside [0,1].
     """
@@ -74,6 +86,7 @@ class Loader:
         auxiliary_fraction: float = 0.0,
         steps_per_epoch: int | None = None,
         device: str | torch.device = "cpu",
+        part: tuple[int, int] = (0, 1),
     ):
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size}: must be at least 1")
@@ -94,10 +107,16 @@ class Loader:
         full_batches = auxiliary is not None or steps_per_epoch is not None
         self.passes = max(1, math.ceil(self.steps * self.train_rows / len(train.labels))) if full_batches else 1
         self.device = torch.device(device)
+        self.part = part
 
     def __len__(self) -> int:
         """Steps per epoch."""
         return self.steps
+
+    def batch_rows(self, step: int) -> int:
+        """How many images the whole batch of a step has, in every epoch."""
+        left = self.passes * len(self.labels) - step * self.train_rows
+        return min(self.train_rows, left) + self.auxiliary_rows
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the batches of epoch number `epoch`, from step `start_step` on."""
@@ -134,22 +153,26 @@ class Loader:
                 yield rng, extra
 
     def _begin_to_read(self, rng: np.random.Generator, readers: Readers) -> list["Future[Split]"]:
-        """Draw the auxiliary rows of a batch, and hand them over to be read, a piece for each reader."""
+        """Draw the auxiliary rows of a batch, and hand ours over to be read, a piece for each reader."""
         drawn = rng.integers(len(self.auxiliary), size=self.auxiliary_rows)
+        ours = np.arange(self.train_rows + self.auxiliary_rows)[rows_of(self.train_rows + len(drawn), *self.part)]
+        drawn = drawn[ours[ours >= self.train_rows] - self.train_rows]
         pieces = np.array_split(drawn, max(1, min(READERS, len(drawn))))
         return [readers.submit(partial(self.auxiliary.rows, piece)) for piece in pieces]
 
     def _batch(
         self, rows: np.ndarray, rng: np.random.Generator, extra: Split | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.from_numpy(rows).to(self.device)
+        n = len(rows) + self.auxiliary_rows
+        mine = rows_of(n, *self.part)
+        taken = np.arange(n)[mine]
+        index = torch.from_numpy(rows[taken[taken < len(rows)]]).to(self.device)
         images, labels = in_memory(self.images[index]).to(self.device), self.labels[index]
         if extra is not None:
             images, labels = torch.cat([images, extra.images]), torch.cat([labels, extra.labels])
         if self.augment:
-            n = len(labels)
-            top, left = torch.from_numpy(rng.integers(2 * PADDING + 1, size=(2, n))).to(self.device)
-            flip = torch.from_numpy(rng.random(n) < 0.5).to(self.device)
+            top, left = torch.from_numpy(rng.integers(2 * PADDING + 1, size=(2, n))[:, mine]).to(self.device)
+            flip = torch.from_numpy((rng.random(n) < 0.5)[mine]).to(self.device)
             images = crop_and_flip(images, top, left, flip)
         return to_input(images), labels
 

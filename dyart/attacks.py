@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dyart.margin import logit_margin
 from dyart.modes import frozen
+from dyart.noise import Source, draw
 
 # Newton steps of the l2 projection. Each result lies in the ball, so that stopping early costs length and no more.
 PROJECTION_STEPS = 10
@@ -33,7 +34,7 @@ def pgd(
     restarts: int = 1,
     keep: str = "last",
     mode: str = "eval",
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> Tensor:
     """Attack a batch by projected gradient ascent on an objective, in a ball around each example and in the box [0, 1].
 
@@ -71,8 +72,8 @@ def pgd(
     mode : str
         "eval" for running BatchNorm statistics; "batch" for those of each attacked batch, which are not written back.
         Dropout is off in both.
-    generator : torch.Generator, optional
-        Source of the starting noise. Noise is drawn on the generator's own device, by default that of x.
+    generator : torch.Generator or RowsOf, optional
+        Source of the starting noise, see `dyart.noise.draw`.
 
     Returns
     -------
@@ -89,7 +90,7 @@ def pgd(
     """
     ball = _lookup("norm", norm, BALLS)
     score = _lookup("objective", objective, OBJECTIVES)
-    draw = _lookup("start", start, STARTS)
+    first_move = _lookup("start", start, STARTS)
     project = _lookup("within", within, {"ball": ball.project, "box": lambda at, x, eps: at.clamp(0, 1)})
     keep_worst = _lookup("keep", keep, {"last": False, "worst": True})
     batch_statistics = _lookup("mode", mode, {"eval": False, "batch": True})
@@ -118,7 +119,7 @@ def pgd(
 
         worst, highest = x.clone(), x.new_full((x.shape[0],), -math.inf)
         for _ in range(restarts):
-            at = project(x + draw(x, eps, ball, generator), x, eps)
+            at = project(x + first_move(x, eps, ball, generator), x, eps)
             for _ in range(steps):
                 with torch.enable_grad():
                     at.requires_grad_(True)
@@ -176,15 +177,15 @@ class Ball(NamedTuple):
 
     steepest: Callable[[Tensor], Tensor]
     project: Callable[[Tensor, Tensor, float], Tensor]
-    uniform: Callable[[Tensor, float, torch.Generator | None], Tensor]
+    uniform: Callable[[Tensor, float, Source], Tensor]
 
 
 def _project_linf(at: Tensor, x: Tensor, eps: float) -> Tensor:
     return torch.clamp(at, x - eps, x + eps).clamp(0, 1)
 
 
-def _uniform_linf(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    return eps * (2 * _noise(torch.rand, x.shape, x, generator) - 1)
+def _uniform_linf(x: Tensor, eps: float, generator: Source) -> Tensor:
+    return eps * (2 * draw(torch.rand, x.shape, x, generator) - 1)
 
 
 def _steepest_l2(grad: Tensor) -> Tensor:
@@ -212,15 +213,10 @@ def _project_l2(at: Tensor, x: Tensor, eps: float) -> Tensor:
     return (x + t.sqrt() * move).clamp(0, 1)
 
 
-def _uniform_l2(x: Tensor, eps: float, generator: torch.Generator | None) -> Tensor:
-    direction = _steepest_l2(_noise(torch.randn, x.shape, x, generator))
-    radius = _noise(torch.rand, (x.shape[0], *[1] * (x.dim() - 1)), x, generator) ** (1 / x[0].numel())
+def _uniform_l2(x: Tensor, eps: float, generator: Source) -> Tensor:
+    direction = _steepest_l2(draw(torch.randn, x.shape, x, generator))
+    radius = draw(torch.rand, (x.shape[0], *[1] * (x.dim() - 1)), x, generator) ** (1 / x[0].numel())
     return eps * radius * direction
-
-
-def _noise(draw: Callable, shape: tuple[int, ...], x: Tensor, generator: torch.Generator | None) -> Tensor:
-    device = x.device if generator is None else generator.device
-    return draw(shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
 
 
 BALLS = {
@@ -229,9 +225,9 @@ BALLS = {
 }
 
 # (x, eps, ball, generator) -> the first move.
-STARTS: dict[str, Callable[[Tensor, float, Ball, torch.Generator | None], Tensor]] = {
+STARTS: dict[str, Callable[[Tensor, float, Ball, Source], Tensor]] = {
     "uniform": lambda x, eps, ball, generator: ball.uniform(x, eps, generator),
     "wide": lambda x, eps, ball, generator: ball.uniform(x, 2 * eps, generator),
-    "normal": lambda x, eps, ball, generator: 0.001 * _noise(torch.randn, x.shape, x, generator),
+    "normal": lambda x, eps, ball, generator: 0.001 * draw(torch.randn, x.shape, x, generator),
     "none": lambda x, eps, ball, generator: torch.zeros_like(x),
 }

@@ -220,6 +220,26 @@ def negative_speed_share(
         In [0, 1]; nan where no example is vulnerable.
     """
     direction = update_direction(method, model, [(x, y)], **(options or {}))
+    shown = {"below": below, "norm": norm, "temperature": temperature, "search_steps": search_steps}
+    negative = negative_speeds(model, x, y, direction, **shown)
+    return negative[~negative.isnan()].double().mean().item()
+
+
+def negative_speeds(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    direction: Mapping[str, Tensor],
+    *,
+    below: float = 8 / 255,
+    norm: str = "Linf",
+    temperature: float = math.inf,
+    search_steps: int = 10,
+) -> Tensor:
+    """Of each vulnerable example, whether `direction` brings its boundary nearer: 1 or 0; nan for the others. (n,)
+
+    The arguments are those of `negative_speed_share`, which is the mean of these for the step of a method.
+    """
     boundary = find_boundary(model, x, y, norm=norm, temperature=temperature, steps=search_steps)
     speed = boundary_speed(model, boundary, y, direction, norm=norm, temperature=temperature)
-    return (speed[boundary.found & (boundary.margin < below)] < 0).double().mean().item()
+    return torch.where(boundary.found & (boundary.margin < below), (speed < 0).float(), math.nan)

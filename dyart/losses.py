@@ -30,6 +30,7 @@ from dyart.margin import (
     soft_logit_margin,
 )
 from dyart.modes import batch_norm_momentum
+from dyart.noise import Source
 
 # The search of `dyart_loss` whose passes are shared with the loss, and the linearizations that it takes.
 SHARED = "shared"
@@ -78,7 +79,7 @@ def adversarial_loss(
     eps: float = 8 / 255,
     step_size: float = 2 / 255,
     steps: int = 10,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adversarial training (AT): CE(x'), with x' from PGD on the cross-entropy in eval mode.
 
@@ -115,7 +116,7 @@ def n_fgsm_loss(
     *,
     norm: str = "Linf",
     eps: float = 8 / 255,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """N-FGSM: CE(x') with x' = clamp(x + η + ε·sign ∇CE(x + η)) from a single step, not projected onto the ball.
 
@@ -158,7 +159,7 @@ def fgsm_rs_loss(
     *,
     norm: str = "Linf",
     eps: float = 8 / 255,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """FGSM-RS: CE(x') with x' from a single step of 1.25 ε from a uniform start, projected onto ball and box.
 
@@ -209,7 +210,7 @@ def trades_loss(
     eps: float = 8 / 255,
     step_size: float = 2 / 255,
     steps: int = 10,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """TRADES: CE(x) with label smoothing + (β/n) Σ KL(p(x) ‖ p(x')), where x' maximizes that KL.
 
@@ -266,7 +267,7 @@ def mart_loss(
     eps: float = 8 / 255,
     step_size: float = 2 / 255,
     steps: int = 10,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """MART: CE(x') − log(1.0001 − max_{k≠y} p_k(x')) + (β/n) Σ KL(p(x) ‖ p(x')) (1 − p_y(x)).
 
@@ -327,7 +328,7 @@ def dyart_loss(
     init_radius: float | None = None,
     high_quality: bool = True,
     overshoot: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     graphs: CudaGraphs | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DyART: mean CE(x) + (λ/n) Σ h(R_β(x)) over the correct examples, with h'(R) = −exp(−αR) for R < r0, else 0.
@@ -402,7 +403,8 @@ def dyart_loss(
     rows = kept.nonzero()[:, 0]
     model.train()
     robust = x.new_zeros(())
-    if len(rows):
+    # Where processes share their statistics, each takes every pass, also without a row in it: the others wait for it.
+    if len(rows) or any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
         points = boundary.x[rows]
         if overshoot:
             points = (x[rows] + (1 + overshoot) * (points - x[rows])).clamp(0, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dyart.graphs import CudaGraphs
 from dyart.modes import frozen
+from dyart.noise import Source, draw
 from dyart.projection import Norm, has_fixed_shapes, lookup_norm
 
 # Examples with a smaller Φ count as misclassified: they have no margin (Xu et al., 2023, released recipe).
@@ -97,7 +98,7 @@ def find_boundary(
     search: str = "fast",
     steps: int | None = None,
     init_radius: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: Source = None,
     start: Tensor | None = None,
     graphs: CudaGraphs | None = None,
 ) -> Boundary:
@@ -123,8 +124,8 @@ def find_boundary(
     init_radius : float, optional
         The search starts at x plus uniform noise scaled to norm init_radius / 2, or at x where it is 0; by default
         the search's own. Pixels in [0, 1].
-    generator : torch.Generator, optional
-        Source of that noise.
+    generator : torch.Generator or RowsOf, optional
+        Source of that noise, see `dyart.noise.draw`.
     start : Tensor (n, ...), optional
         Where the search starts instead: boundary points found before, for weights that have changed little since, say.
         From other points "fast" takes many more steps, since it keeps to where it starts.
@@ -225,10 +226,10 @@ class _Nearest(NamedTuple):
         )
 
 
-def _noisy_start(origin: Tensor, norm: Norm, init_radius: float, generator: torch.Generator | None) -> Tensor:
+def _noisy_start(origin: Tensor, norm: Norm, init_radius: float, generator: Source) -> Tensor:
     if init_radius == 0:
         return origin
-    noise = torch.rand(origin.shape, dtype=origin.dtype, device=origin.device, generator=generator) * 2 - 1
+    noise = draw(torch.rand, origin.shape, origin, generator) * 2 - 1
     noise *= init_radius / 2 / norm.length(noise)[:, None]
     return (origin + noise).clamp_(0, 1)
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -165,6 +166,20 @@ def check_size(name: str, shape: tuple[int, int, int]) -> None:
                 f"--model {name} does not take images of {width}x{height} (width x height): its layers halve them, "
                 "so their sides have to be multiples of 4 or 8; --image-size N makes them so"
             ) from None
+
+
+def share_statistics(model: nn.Module, settings: dict[str, Any], device: torch.device, processes: int) -> nn.Module:
+    """The model as several processes train it, with --sync-batch-norm. Raises ValueError where that cannot be."""
+    if not settings["sync_batch_norm"]:
+        return model
+    if device.type != "cuda":
+        raise ValueError(f"--sync-batch-norm: only on GPUs, not with --device {settings['device']}")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if processes > 1 else model
+
+
+def step_seed(settings: dict[str, Any], *position: int) -> int:
+    """A seed for the random starts of one step (or one validation), the same wherever the run was resumed."""
+    return int(np.random.SeedSequence([settings["seed"], *position]).generate_state(1)[0])
 
 
 def build_optimizer(model: nn.Module, stage: Stage, settings: dict[str, Any]) -> SGD:

@@ -30,7 +30,7 @@ class NewerFormatError(FileError):
 _SCALARS = (type(None), bool, int, float, str, bytes, torch.dtype, torch.device)
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
     """SHA-256 over the types, shapes and bytes of nested dicts, lists, tuples, dense tensors and plain values.
 
     Raises TypeError for anything else, which keeps out what `weights_only` would refuse to load.
@@ -78,7 +78,7 @@ def save_checkpoint(
     FileError where the file cannot be written.
     """
     content = {**state, "format": CHECKPOINT_FORMAT}
-    content["sha256"] = _digest({key: value for key, value in content.items() if key != "sha256"})
+    content["sha256"] = digest({key: value for key, value in content.items() if key != "sha256"})
 
     write_torch(path, content, before_rename)
 
@@ -155,7 +155,7 @@ def _verify(state: Any, foreign: bool) -> None:
     if not ours:
         state.pop("format", None)  # Whatever another program means by it: with us it tells our own files.
     checksum = state.pop("sha256") if ours else None
-    if _digest(state) != checksum and ours:  # Of foreign files, the digest only checks what they hold.
+    if digest(state) != checksum and ours:  # Of foreign files, the digest only checks what they hold.
         raise FileError("damaged (its checksum does not match its content)")
 
 

@@ -86,6 +86,10 @@ def _plain_settings(settings: Any, path: Path) -> dict[str, Any]:
 Echo = Callable[[str], Any]
 
 
+class InUse(FileError):
+    """Another process holds the lock of a folder."""
+
+
 class Loaded(NamedTuple):
     """What `Experiment.load_latest` found: the state, the file it came from, and why not latest.pt ("" if it was)."""
 
@@ -116,11 +120,12 @@ class Experiment(contextlib.AbstractContextManager):
     ) -> "Experiment":
         """Make the folder `root`/`name` with its args.yaml, locked for training; one that exists is never touched.
 
-        exist: where it exists, "rename" takes name-2, name-3, ..., and "error" raises. settings: names -> None, bool,
-        int, float, str or flat lists of those. echo: called with every message that is logged. Raises FileError.
+        exist: where it exists, "rename" takes name-2, name-3, ..., and "error" raises; so does "adopt", but where a
+        process was killed while it made the folder and has left nothing in it. settings: names -> None, bool, int,
+        float, str or flat lists of those. echo: called with every message that is logged. Raises FileError.
         """
-        if exist not in ("rename", "error"):
-            raise FileError(f"exist={exist!r}: accepted are 'rename' and 'error'")
+        if exist not in ("rename", "error", "adopt"):
+            raise FileError(f"exist={exist!r}: accepted are 'rename', 'error' and 'adopt'")
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise FileError(f"{name!r} cannot be the name of an experiment folder")
         root = Path(root)
@@ -134,11 +139,19 @@ class Experiment(contextlib.AbstractContextManager):
                     folder.mkdir()
                     break
                 except FileExistsError:
-                    if exist == "error":
+                    if exist == "adopt" and _is_unbegun(folder):
+                        break
+                    if exist != "rename":
                         raise FileError(f"{folder} exists and is not overwritten; choose another name") from None
             sync_folder(root)
         try:
             experiment = cls(folder, settings, echo, "train")
+        except InUse:
+            raise  # by whoever has adopted it
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        try:
             _write_settings(folder / "args.yaml", settings)
         except BaseException:
             # Without its settings it is no experiment, and the next attempt would make another one beside it.
@@ -168,7 +181,7 @@ class Experiment(contextlib.AbstractContextManager):
             try:
                 lock = take_lock(self.folder / name)
             except Locked as holder:
-                raise FileError(f"{self.folder} is in use: {holder} has it for {purpose}") from None
+                raise InUse(f"{self.folder} is in use: {holder} has it for {purpose}") from None
         # Without a lock, another process may be writing these.
         for abandoned in itertools.chain(*(self.folder.glob(f".{pattern}.*.tmp") for pattern in patterns)):
             if lock is not None:
@@ -307,6 +320,29 @@ class Experiment(contextlib.AbstractContextManager):
         """Write `name`.pt ("epoch_0010", say), as `save_checkpoint`."""
         self._require("train")
         save_checkpoint(self.folder / f"{name}.pt", state)
+
+
+class Onlooker(Experiment):
+    """A folder as those processes of a run have it that do not write: what is to be written is passed over."""
+
+    def _pass_over(self, *_: Any) -> None:
+        pass
+
+    update_settings = append_metrics = save_latest = save_named = save_best = _pass_over
+
+    def log(self, message: str) -> None:
+        """Echo `message`."""
+        self._echo(message)
+
+    def truncate_metrics(self, keep: int | Callable[[dict[str, Any]], bool]) -> int:
+        """Leave them as they are."""
+        return 0
+
+
+def _is_unbegun(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a process leaves that was killed before it had written its settings."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else ["a file"]
+    return all(name == ".lock" or (name.startswith(".args.yaml.") and name.endswith(".tmp")) for name in names)
 
 
 def named_checkpoints(folder: str | Path, names: Sequence[str]) -> list[Path]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from experiment.folder import Experiment
+from experiment.processes import Stopped
 from experiment.state import Run
 from models.outputs import finite_outputs
 
@@ -14,7 +15,7 @@ from models.outputs import finite_outputs
 MAX_BAD_STEPS = 10
 
 
-class Diverged(Exception):
+class Diverged(Stopped):
     """Too many steps in a row with a loss or gradient that is not finite."""
 
 

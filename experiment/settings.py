@@ -63,6 +63,7 @@ SHORT |= {"lambda_robust": 150.0, "clip_grad": 3.0, "search": SHARED}
 SHORT_DATASETS = ("cifar10", "cifar100", "digits")
 ATTACK_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
 MOMENTUM = 0.9
+PROCESS_TIMEOUT_MINUTES = 10.0
 
 
 def recipe_of(dataset: str) -> dict[str, Any]:
@@ -239,7 +240,8 @@ def build_parser() -> flags.Parser:
     g.add_argument(
         "--name-extra", "--fname_extra", metavar="TEXT", type=folder_name, default="", help="appended to the name"
     )
-    g.add_argument("--if-exists", choices=["rename", "stop"], default="rename", help="a folder is never overwritten")
+    exists = "a folder is never overwritten; resume: go on with it, if it has the same settings"
+    g.add_argument("--if-exists", choices=["rename", "stop", "resume"], default="rename", help=exists)
     g.add_argument("--resume", metavar="FOLDER", default=None, help="go on with this experiment folder")
     g.add_argument(
         "--save-every", "--save_intermediate_models", type=whole(), default=0, help="epochs, to epoch_NNNN.pt"
@@ -253,6 +255,10 @@ def build_parser() -> flags.Parser:
     add_switch(g, "--compile", default=False, help="torch.compile the model")
     graphs = "on a GPU, replay the boundary search from a captured graph (not with --detect-anomaly)"
     add_switch(g, "--cuda-graphs", default=False, help=graphs)
+    sync = "with several processes, each on a GPU: statistics of the whole batch, not of each process's rows"
+    add_switch(g, "--sync-batch-norm", default=False, help=sync)
+    wait = "how long one of several processes waits for another"
+    g.add_argument("--process-timeout-minutes", type=positive, default=PROCESS_TIMEOUT_MINUTES, help=wait)
     add_switch(g, "--detect-anomaly", default=False, help="say which operation made a NaN; slow")
     add_switch(g, "--tensorboard", default=False, help="curves, margins and images, too (needs the package)")
     add_switch(g, "--dry-run", default=False, help="print the resolved settings as YAML and stop")
@@ -277,7 +283,7 @@ def build_parser() -> flags.Parser:
 # Settings that are lengths: on a command line the norm decides what they mean.
 LENGTHS = ("r0", "init_radius", "attack_eps", "attack_step")
 # Flags that are not settings of a run: what to do rather than what to train.
-ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir")
+ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir", "process_timeout_minutes")
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
 PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content", "model_content", "tensorboard")
@@ -295,7 +301,7 @@ DECIDING = (
 )
 # Settings that were added since format 1 of the folder, with what a folder without them goes on with (see `upgraded`).
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0, "recipe": "paper"}
-LATER |= dict.fromkeys(OWN)
+LATER |= dict.fromkeys(OWN) | {"sync_batch_norm": False}
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
 LATER |= {"model_content": None, "tensorboard": False}
 # What goes with each search in training. The released one ends some 5 % beyond the boundary, the others at it: trained

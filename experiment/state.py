@@ -26,8 +26,10 @@ from dyart.losses import SHARED
 from dyart.margin import SEARCHES
 from experiment import flags
 from experiment.build import Stage, generated_content, stages_of
-from experiment.folder import Experiment, Loaded
+from experiment.checkpoint import digest
+from experiment.folder import Experiment, Loaded, Onlooker
 from experiment.metrics import Meter
+from experiment.processes import Processes
 from experiment.schedules import SCHEDULES
 from experiment.settings import (
     ACTIONS,
@@ -36,6 +38,7 @@ from experiment.settings import (
     as_swish_models_do,
     check_settings,
     check_stored,
+    flag_of,
     upgraded,
     with_lengths,
 )
@@ -99,6 +102,13 @@ class Run:
     progress: Progress
     meter: Meter
     graphs: CudaGraphs | None
+    processes: Processes
+
+    def checksum(self) -> str:
+        """What all processes of a run must begin with alike: where it stands, its weights, its labels."""
+        state = self.checkpoint_to_resume()
+        parts = ("model", "average", "optimizer", "scheduler", "progress")
+        return digest({name: state[name] for name in parts} | {"labels": self.loader.labels})
 
     def checkpoint_to_evaluate(self, scores: dict[str, float]) -> dict[str, Any]:
         """A checkpoint to evaluate."""
@@ -169,16 +179,45 @@ def check_state(state: Any, ours: dict[str, Any], source: str, needed: tuple[str
     check_settings(state, {name: type(value) for name, value in ours.items()}, source)
 
 
-# --- A folder to go on with -------------------------------------------------------------------------------------------
+# --- A folder to begin with, or to go on with -------------------------------------------------------------------------
 
 
-def resume(folder: str, given: dict[str, Any], *, dry_run: bool) -> tuple[Experiment, dict[str, Any], Loaded | None]:
+def begin(output_dir: str, name: str, settings: dict[str, Any], exist: str, processes: Processes) -> Experiment:
+    """Make the folder of a new run, as `Experiment.create`: one of its processes does, the others look on."""
+    if processes.rank:
+        return Onlooker(Path(processes.meet()[0]), settings, tqdm.write, None)
+    experiment = Experiment.create(output_dir, name, settings, exist=exist, echo=tqdm.write)
+    processes.meet(str(experiment.folder))
+    return experiment
+
+
+def begun(output_dir: str, name: str, settings: dict[str, Any], processes: Processes) -> str | None:
+    """The folder of this name where it has been begun with these settings; None where it has not.
+
+    Raises FileError where it has been begun with others.
+    """
+    folder = Path(output_dir) / name
+    there = processes.meet(str(folder) if not processes.rank and (folder / "args.yaml").exists() else "")[0]
+    if not there:
+        return None
+    stored = Experiment.open(there).settings
+    differ = [name for name in settings.keys() & stored.keys() - {*PLACE, "rules"} if settings[name] != stored[name]]
+    if differ:
+        names = ", ".join(f"{flag_of(name)} {flags.plain(stored[name])}" for name in sorted(differ))
+        raise FileError(f"--if-exists resume: {there} is a run with other settings, {names}: choose another --name")
+    return there
+
+
+def resume(
+    folder: str, given: dict[str, Any], processes: Processes, *, dry_run: bool
+) -> tuple[Experiment, dict[str, Any], Loaded | None]:
     """Open a folder to go on with: (experiment, settings, checkpoint or None where there is none yet).
 
     Changes nothing in it, and a dry run does not even lock it. Raises FileError or ValueError for files that lie
     or do not fit each other, and for flags that would change what is trained.
     """
-    experiment = Experiment.open(folder, lock=None if dry_run else "train", echo=tqdm.write)
+    kind, lock = (Onlooker, None) if processes.rank else (Experiment, None if dry_run else "train")
+    experiment = kind.open(folder, lock=lock, echo=tqdm.write)
     try:
         return experiment, *_to_go_on_with(experiment, given)
     except BaseException:

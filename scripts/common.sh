@@ -83,9 +83,24 @@ read_flags() {
     esac
 }
 
-# Runs train.py on the flags, from wherever the user is.
+# Runs train.py on the flags, from wherever the user is: in one process, or with PROCESSES=8 in so many on this machine.
+train_py() {
+    local processes="${PROCESSES:-1}"
+    if ! [[ "$processes" =~ ^[1-9][0-9]*$ ]]; then
+        echo "PROCESSES=$processes: must be a whole number, at least 1" >&2
+        exit 2
+    elif [ "$processes" = 1 ]; then
+        "$PYTHON" "$ROOT/train.py" "$@"
+    else
+        local threads=$(($(nproc) / processes))
+        OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))}" "$PYTHON" -m torch.distributed.run \
+            --standalone --nproc-per-node "$processes" "$ROOT/train.py" "$@"
+    fi
+}
+
+# The same, with experiment folders where read_flags has found that they are made.
 train() {
-    "$PYTHON" "$ROOT/train.py" --output-dir "$EXPERIMENTS" "$@"
+    train_py --output-dir "$EXPERIMENTS" "$@"
 }
 
 # burn_in NAME DATASET FLAGS: clean training into NAME-burn-in[-groupnorm], where the DyART scripts look for it.
@@ -93,7 +108,8 @@ burn_in() {
     local folder="$1-burn-in$VARIANT" dataset="$2"
     shift 2
     keeps --method --method clean -- "$@"
-    if [ -e "$EXPERIMENTS/$folder" ] && [ -z "$(given --name --dry-run "$@")" ]; then
+    if [ -e "$EXPERIMENTS/$folder" ] && [ -z "$(given --name --dry-run "$@")" ] &&
+        [ "$(given --if-exists --if-exists "$@")" != resume ]; then
         echo "$EXPERIMENTS/$folder exists: use it, finish it with resume.sh, or make another with --name" >&2
         exit 2
     fi

@@ -10,4 +10,4 @@ fi
 folder="$1"
 shift
 keeps --resume --resume_fname "$folder" -- "$@"
-exec "$PYTHON" "$ROOT/train.py" --resume "$folder" "$@"
+train_py --resume "$folder" "$@"

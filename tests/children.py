@@ -7,6 +7,7 @@ of no use to a body, and what it does use is seen to here. So pyproject.toml let
 
 import os
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -41,6 +42,24 @@ def fork(body: Callable[[], Any], output: Path | str = os.devnull) -> int:
         sys.stdout.flush()
     finally:
         os._exit(status)
+
+
+def fork_company(size: int, body: Callable[[int], Any], folder: Path) -> list[int]:
+    """Start processes that find each other as torchrun's do, each with `body` of its rank; their numbers.
+
+    What they print goes to rank-0.txt, rank-1.txt, ... in `folder`.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def member(rank: int) -> Any:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        return body(rank)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return [fork(lambda rank=rank: member(rank), folder / f"rank-{rank}.txt") for rank in range(size)]
 
 
 def exit_status(pid: int) -> int:

@@ -10,6 +10,7 @@ import pytest
 
 import bench
 from analysis import cost
+from analysis.company import PARTS, SHARED_OUT
 from dyart.margin import SEARCHES
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,22 @@ def test_smoke_run(tmp_path):
     assert reference["ratio_mean"] == 1
     assert fast["search"] == f"fast, {SEARCHES['fast'][1]} steps"
     assert 0.9 < fast["ratio_mean"] < released["ratio_mean"] * 1.1
+
+
+def test_steps_that_processes_share_out(tmp_path, capsys):
+    output = tmp_path / "bench.json"
+    flags = ["--smoke", "--processes", "2", "--threads", "1", "--device", "cpu", "--output", str(output)]
+    assert bench.main(flags) == 0
+    (workload,) = json.loads(output.read_text())["subjects"]
+    assert set(workload["processes"]) == set(SHARED_OUT)
+    printed = capsys.readouterr().out
+    for name, row in workload["processes"].items():
+        assert name in printed
+        median = {key: row[key]["median"] for key in ("alone", "together", "throughput", *PARTS)}
+        assert median["throughput"] == pytest.approx(median["alone"] / median["together"])  # there is one round
+        assert median["together"] == pytest.approx(sum(median[part] for part in PARTS)) and min(median.values()) > 0
+    dyart, clean = (workload["processes"][name]["passes"]["median"] for name in ("DyART step", "clean step"))
+    assert dyart > clean
 
 
 @pytest.mark.parametrize(

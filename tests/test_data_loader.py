@@ -21,7 +21,7 @@ from data import (
     load_data,
     to_input,
 )
-from data.loader import crop_and_flip, random_generator
+from data.loader import crop_and_flip, random_generator, rows_of
 from experiment.build import sample
 
 
@@ -116,6 +116,32 @@ def test_batches_depend_on_seed_epoch_and_step_alone():
         assert batches_equal(later.epoch(5, start_step=step), whole[step:])
     assert not batches_equal(later.epoch(6), whole)
     assert not batches_equal(Loader(train, 16, seed=4).epoch(5), whole)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.7])
+def test_parts_have_the_rows_of_the_whole_batch_and_read_no_others(fraction):
+    """Images, crops and flips; a part for which a batch has no row gets all of it."""
+    train, extra = numbered_split(33), numbered_split(40, start=100)
+    for parts in (2, 3, 5):
+        auxiliaries = [ListedAuxiliary(extra) for _ in range(parts + 1)]
+        common = {"seed": 0, "auxiliary_fraction": fraction}
+        loaders = [
+            Loader(train, 16, part=part, auxiliary=auxiliary if fraction else None, **common)
+            for part, auxiliary in zip([(0, 1), *((i, parts) for i in range(parts))], auxiliaries, strict=True)
+        ]
+        for step, (whole, *pieces) in enumerate(zip(*(loader.epoch(2) for loader in loaders), strict=True)):
+            n = len(whole[1])
+            assert all(loader.batch_rows(step) == n for loader in loaders)
+            for i, piece in enumerate(pieces):
+                rows = slice(i, None, parts) if i < n else slice(None)
+                assert batches_equal([piece], [(whole[0][rows], whole[1][rows])])
+        read = [sum(map(len, auxiliary.drawn)) for auxiliary in auxiliaries]
+        assert read[0] == sum(read[1:])
+
+
+def test_the_rows_of_all_parts_are_the_batch():
+    for n, parts in ((16, 1), (16, 3), (5, 5)):
+        assert sorted(row for part in range(parts) for row in range(n)[rows_of(n, part, parts)]) == list(range(n))
 
 
 def test_auxiliary_data_takes_its_share_of_every_batch_and_training_data_the_rest():

@@ -407,6 +407,28 @@ def test_shared_passes_are_as_many_as_they_are_said_to_be():
     assert seen[:-1] == [(20, True), (nearly, False), (right, False), (right, False), (right, True)]
 
 
+@pytest.mark.parametrize("search", ["fast", "shared"])
+def test_with_shared_statistics_every_process_takes_every_pass(search):
+    """Each waits in SyncBatchNorm for the others, also one whose rows have no boundary point to be trained on."""
+    torch.manual_seed(0)
+    for wrap, passes in ((nn.SyncBatchNorm.convert_sync_batchnorm, 2), (lambda model: model, 1)):
+        model = wrap(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 36, 3)))
+        x = torch.rand(6, 3, 8, 8)
+        y = model.eval()(x).argmin(1)
+        seen = []
+        model.register_forward_hook(lambda module, inputs, outputs, seen=seen: seen.append(module.training))
+        options = {"search": search, "high_quality": search == "fast", "r0": 0.1}
+        before = model.train()(x)
+        y = before.argmin(1)
+        with torch.no_grad():  # so that none is nearly right in train mode either
+            model[3].bias[y.unique()] -= 9
+        seen.clear()
+        loss, metrics = dyart_loss(model, x, y, **options)
+        assert metrics["found"] == 0 and sum(seen) == passes
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_batch_norm_sees_the_clean_batch_first_then_the_points_of_shared_passes():
     model, x = conv_net(), torch.rand(30, 3, 4, 4)
     y = model.eval()(x).argmax(1)

@@ -136,6 +136,30 @@ def test_the_figures_of_two_checkpoints_do_not_mix(tmp_path):
         assert calls(*flags) == [flags]
 
 
+@pytest.mark.parametrize(
+    ("processes", "expected"), [(None, ["train.py"]), ("1", ["train.py"]), ("3", ["--nproc-per-node", "3", "train.py"])]
+)
+def test_processes_are_started_by_torchrun(processes, expected, tmp_path):
+    """By every script that trains: a stand-in for Python says how it is called."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "$OMP_NUM_THREADS $@"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PROCESSES", "OMP_NUM_THREADS")}
+    environment |= {} if processes is None else {"PROCESSES": processes}
+    for script, flags in (("Cifar10_DyART", "--burn-in-epochs 1"), ("resume", "run"), ("TinyImgNet_baselines", "at")):
+        command = ["bash", f"scripts/{script}.sh", *flags.split()]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        words = [word.replace(f"{tmp_path}/", "") for word in done.stdout.split()]
+        assert [word for word in words if word in {"--nproc-per-node", "3", "train.py"}] == expected, words
+        assert (words[:3] == ["1", "-m", "torch.distributed.run"]) == (processes == "3")
+    for bad in ("0", "two", "-1"):
+        environment |= {"PROCESSES": bad}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and f"PROCESSES={bad}" in done.stderr and not done.stdout
+
+
 def test_searches_are_compared_from_one_burn_in_and_run_once(tmp_path, monkeypatch, capsys):
     """Runs from another burn-in are not taken for those of this one; what the results hold is not run again."""
     weights = create_model("wrn-10-1-swish").state_dict()

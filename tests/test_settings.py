@@ -83,6 +83,7 @@ CIFAR10 = {
     "cuda_graphs": False,
     "detect_anomaly": False,
     "tensorboard": False,
+    "sync_batch_norm": False,
     "rules": 2,
 }
 TINY = {"dataset": "tiny-imagenet", "model": "preact-resnet18", "burn_in_epochs": 20, "epochs": 100}
@@ -269,10 +270,11 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 SWITCHES = ["group-norm", "GroupNorm", "normalize", "nesterov", "augment", "high-quality", "use_high_quality"]
-SWITCHES += ["channels-last", "tf32", "compile", "cuda-graphs", "detect-anomaly", "dry-run", "tensorboard"]
+SWITCHES += ["sync-batch-norm", "channels-last", "tf32", "compile", "cuda-graphs", "detect-anomaly", "dry-run"]
+SWITCHES += ["tensorboard"]
 SWITCHES += ["clean_training", "DyART", "mart"]
 POSITIVE = ["burn-in-lr", "lr", "clip-grad", "clip_grad", "r0", "h_prime_r0", "temperature", "attack-eps"]
-POSITIVE += ["attack-step", "checkpoint-minutes"]
+POSITIVE += ["attack-step", "checkpoint-minutes", "process-timeout-minutes"]
 COUNTS = ["burn-in-batch-size", "epochs", "batch-size", "train-subset", "search-steps", "iter_FAB", "attack-iter"]
 COUNTS += ["validation-attack-iter", "validation-size", "validation-batch-size", "batch-size-validation"]
 FROM_ZERO = ["overshoot", "alpha", "h_prime_alpha", "lambda-robust", "lam_robust"]

@@ -1,0 +1,475 @@
+"""Several processes train one run: the same run as one process, whatever their number, however they end.
+
+Real processes over gloo on this machine. With DYART_LARGE_TESTS=1: every method, number and precision, and 50 kills.
+"""
+
+import contextlib
+import copy
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from children import exit_status, fork_company
+from company import SmallNet, largest_difference, said, small, train_script, train_together
+from runs import contents, differences, files, refusal, run_training, tiny
+
+import models
+import train
+from data import Split, load_data, loader
+from dyart.losses import LOSSES
+from experiment import build, processes, validation
+from experiment.checkpoint import load_checkpoint
+from experiment.folder import Experiment
+from experiment.processes import Processes
+from experiment.settings import resolve
+from experiment.signals import Interrupted, Signals
+
+ROOT = Path(__file__).parents[1]
+LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
+KILLS = 50 if LARGE else 5
+
+METHODS = {
+    "clean": ["--method", "clean"],
+    "dyart": ["--method", "dyart"],
+    "dyart shared": ["--method", "dyart", "--search", "shared"],
+    "dyart fab": ["--method", "dyart", "--search", "fab", "--search-steps", "3"],
+    "at": ["--method", "at", "--attack-iter", "2"],
+    "trades": ["--method", "trades", "--attack-iter", "2"],
+    "mart": ["--method", "mart", "--attack-iter", "2"],
+    "n-fgsm": ["--method", "n-fgsm"],
+    "fgsm-rs L2": ["--method", "fgsm-rs", "--norm", "L2"],
+    "burn-in": ["--burn-in-epochs", "1", "--epochs", "1", "--track-dynamics", "1"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Processes are forked, and need not load again what this one has: images, and modules at their first use."""
+    digits = load_data("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "load_data", lambda name, data_dir: digits)
+        patch.setitem(models.MODELS, "small", SmallNet)
+        patch.setattr(processes, "SEARCH", 0.5)
+        assert run_training(*small(tmp_path_factory.mktemp("first"), "--track-dynamics", "1")) == 0
+        yield
+
+
+@pytest.fixture
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(loader, "to_input", lambda images, convert=loader.to_input: convert(images).double())
+    monkeypatch.setattr(validation, "to_input", loader.to_input)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# --- The same run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_number_of_processes_trains_the_same_run(method: str, tmp_path: Path, in_float64: None) -> None:
+    flags = ["--group-norm", *METHODS[method]]
+    sizes = (1, 2, 3, 4) if LARGE or method == "dyart" else (1, 3)
+    for size in sizes:
+        assert train_together(size, small(tmp_path / str(size), *flags), tmp_path / str(size)) == [0] * size
+    one = Experiment.open(tmp_path / "1" / "run").read_metrics()
+    assert one[-1]["grad_norm"] > 0 and (not method.startswith("dyart") or one[-1]["found"] > 0)
+    for size in sizes[1:]:
+        assert largest_difference(tmp_path / str(size) / "run", tmp_path / "1" / "run") < 1e-9
+        for row, ours in zip(one, Experiment.open(tmp_path / str(size) / "run").read_metrics(), strict=True):
+            for name in row.keys() - {"seconds", "peak_memory_mib", "stage"}:
+                assert ours[name] == (row[name] and pytest.approx(row[name], rel=1e-6, abs=1e-9)), name
+
+
+@pytest.mark.parametrize("method", METHODS if LARGE else ["dyart", "trades"])
+def test_in_float32_the_order_of_sums_is_all_that_differs(method: str, tmp_path: Path) -> None:
+    for size in (1, 2, 3, 4) if LARGE else (1, 4):
+        flags = small(tmp_path / str(size), "--group-norm", *METHODS[method])
+        assert train_together(size, flags, tmp_path / str(size)) == [0] * size
+        assert largest_difference(tmp_path / str(size) / "run", tmp_path / "1" / "run") < 1e-3
+
+
+def test_the_log_is_that_of_one_process(tmp_path: Path) -> None:
+    """But for times, and for what the last digits do to figures that are rounded; the others say nothing."""
+    logs = []
+    for size in (1, 2):
+        assert train_together(size, small(tmp_path, "--group-norm"), tmp_path / str(size)) == [0] * size
+        assert said(tmp_path / str(size))[1:] == [""] * (size - 1)
+        text = (tmp_path / "run" / "train.log").read_text()
+        logs.append(re.sub(r"\d+ s$", "", re.sub(r"^\S+ \S+ ", "", text, flags=re.M), flags=re.M))
+        shutil.rmtree(tmp_path / "run")
+    assert logs[0] == logs[1] and "finished: " in logs[0]
+
+
+def test_each_process_has_statistics_of_its_own_whose_average_all_hold(tmp_path: Path) -> None:
+    """A step of two processes, against what the halves of the batch give: gradients, BatchNorm, metrics, signals."""
+    torch.manual_seed(0)
+    model = SmallNet().train()
+    x, y = torch.rand(7, 3, 32, 32), torch.randint(10, (7,))
+
+    def step(rank: int) -> None:
+        with Processes.of_environment() as together:
+            together.connect(1)
+            signals = Signals(in_company=True)
+            if rank:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            before = [buffer.clone() for buffer in model.buffers()]
+            mine = together.rows(7)
+            loss, metrics = LOSSES["clean"](model, x[mine], y[mine])
+            metrics["margins"] = x[mine].mean((1, 2, 3))
+            loss.backward()
+            loss, metrics = together.add_up(model, before, loss, metrics, 7, signals)
+            with pytest.raises(Interrupted, match=str(int(signal.SIGUSR1))):
+                signals.check()
+            grads = [parameter.grad for parameter in model.parameters()]
+            torch.save([grads, list(model.buffers()), loss, metrics], tmp_path / f"{rank}.pt")
+
+    assert [exit_status(pid) for pid in fork_company(2, step, tmp_path)] == [0, 0]
+    ours, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert not differences(ours, theirs)
+    buffers, loss = [torch.zeros_like(buffer, dtype=torch.float32) for buffer in model.buffers()], 0
+    for rows, share in ((slice(0, None, 2), 4 / 7), (slice(1, None, 2), 3 / 7)):
+        half = copy.deepcopy(model)
+        part = torch.nn.functional.cross_entropy(half(x[rows]), y[rows])
+        loss = loss + share * part.detach()
+        buffers = [total + share * buffer for total, buffer in zip(buffers, half.buffers(), strict=True)]
+        (share * part).backward()
+        for parameter, own in zip(model.parameters(), half.parameters(), strict=True):
+            parameter.grad = own.grad if parameter.grad is None else parameter.grad + own.grad
+    for got, wanted in zip(ours[0], model.parameters(), strict=True):
+        assert torch.allclose(got, wanted.grad, atol=1e-6)
+    for got, wanted in zip(ours[1], buffers, strict=True):
+        assert torch.allclose(got.float(), wanted, atol=1e-6)
+    assert torch.allclose(ours[2], loss) and torch.allclose(ours[3]["loss"], loss)
+    assert torch.allclose(ours[3]["margins"], x.mean((1, 2, 3)))
+
+
+def test_validation_counts_the_same_for_any_number_of_processes(tmp_path: Path) -> None:
+    """Also where fewer images are right than there are processes, after which the noise goes on as with one."""
+    torch.manual_seed(1)
+    model = SmallNet().eval()
+    split = load_data("digits")[0]
+    split = Split(split.images[:50], split.labels[:50])
+    settings = resolve({"dataset": "digits", "validation_batch_size": 9, "validation_attack_iter": 2})
+    settings["attack_eps"] = 0.02
+
+    def body(rank: int) -> None:
+        with Processes.of_environment() as together:
+            together.connect(1)
+            scores = validation.validate(model, split, settings, Signals(in_company=together.connected), together)
+            (tmp_path / f"{together.size}-{rank}").write_text(str(scores))
+
+    found = []
+    for size in (1, 2, 4):
+        assert [exit_status(pid) for pid in fork_company(size, body, tmp_path)] == [0] * size
+        found += [(tmp_path / f"{size}-{rank}").read_text() for rank in range(size)]
+    assert len(set(found)) == 1 and "'val_clean': 0.0" not in found[0] and "'val_robust': 0.0," not in found[0]
+
+
+def test_with_one_process_nothing_of_torch_distributed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "dist", None)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run_training(*small(tmp_path, "--epochs", "1", "--track-dynamics", "1")) == 0
+
+
+def test_an_environment_that_makes_no_company_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE 2 and RANK do not go together" in refusal(capsys, "--dataset", "digits")
+
+
+# --- One voice --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--epochs", "none"], "argument --epochs: 'none' is not a whole number"),
+        (["--resume", "nowhere"], "nowhere: no such experiment folder"),
+        (["--train-subset", "100000"], "--train-subset 100000: there are"),
+        (["--device", "cuda:0"], "--device cuda:0: 2 processes take a GPU each"),
+        (["--sync-batch-norm"], "--sync-batch-norm: only on GPUs, not with --device cpu"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_by_all(flags: list[str], words: str, tmp_path: Path) -> None:
+    assert train_together(2, small(tmp_path / "out", *flags), tmp_path / "said") == [2, 2]
+    (line,) = "".join(said(tmp_path / "said")).strip().splitlines()
+    assert words in line and "rank" not in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_wrong_with_one_is_said_with_its_rank_and_ends_all(tmp_path: Path) -> None:
+    def damage(rank: int) -> None:
+        def no_data(*_: object) -> None:
+            raise ValueError("the disk of this machine is empty")
+
+        if rank == 2:
+            build.load_data = no_data
+
+    assert train_together(3, small(tmp_path / "out"), tmp_path / "said", damage) == [2, 2, 2]
+    (line,) = "".join(said(tmp_path / "said")).strip().splitlines()
+    assert line.endswith("error: rank 2: the disk of this machine is empty")
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_with_other_data_do_not_train_together(tmp_path: Path) -> None:
+    def change(rank: int) -> None:
+        train_split, test = load_data("digits")
+        if rank:
+            build.load_data = lambda name, data_dir: (Split(train_split.images, train_split.labels.flip(0)), test)
+
+    assert train_together(2, small(tmp_path / "out"), tmp_path / "said", change) == [2, 2]
+    assert "rank 1 has other weights or images than rank 0" in said(tmp_path / "said")[0]
+
+
+def test_two_runs_of_several_processes_never_share_a_folder(tmp_path: Path) -> None:
+    assert train_together(1, small(tmp_path, "--epochs", "1", "--scheduler", "constant"), tmp_path / "first") == [0]
+    with Experiment.open(tmp_path / "run", lock="train"):
+        before = files(tmp_path / "run")
+        for flags in (["--resume", str(tmp_path / "run")], small(tmp_path, "--epochs", "1", "--if-exists", "resume")):
+            assert train_together(2, [*flags, "--scheduler", "constant"], tmp_path / "second") == [2, 2]
+            (line,) = "".join(said(tmp_path / "second")).strip().splitlines()
+            assert f"{tmp_path / 'run'} is in use: process {os.getpid()}" in line
+        assert files(tmp_path / "run") == before
+
+
+# --- A run that survives ----------------------------------------------------------------------------------------------
+
+KILLED = ["--burn-in-epochs", "1", "--epochs", "1", "--checkpoint-minutes", "1e-9", "--group-norm"]
+KILLED += ["--if-exists", "resume"]
+
+
+def statuses_within(seconds: float, pids: list[int]) -> list[int]:
+    """The exit statuses of forked processes, which have so long to end."""
+    until = time.monotonic() + seconds
+    found = dict.fromkeys(pids)
+    while None in found.values():
+        assert time.monotonic() < until, f"still running: {[pid for pid in pids if found[pid] is None]}"
+        for pid in (pid for pid in pids if found[pid] is None):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            found[pid] = os.waitstatus_to_exitcode(status) if ended else None
+        time.sleep(0.01)
+    return list(found.values())
+
+
+def test_kill_9_of_any_process_at_any_moment_ends_all_and_the_folder_goes_on(tmp_path: Path) -> None:
+    """With two processes bit for bit as one that was not killed; with another number, up to the order of sums."""
+    seed = random.SystemRandom().randrange(1000)
+    print(f"seed of the moments: {seed}")
+    moments = random.Random(seed)
+    started = time.monotonic()
+    assert train_together(2, small(tmp_path / "whole", *KILLED), tmp_path / "said") == [0, 0]
+    duration = time.monotonic() - started
+    whole = contents(tmp_path / "whole" / "run")
+
+    kills = runs = 0
+    while kills < KILLS:
+        root, sizes = tmp_path / str(runs), [2] if runs % 2 == 0 else [1, 3, 2]
+        argv = small(root, *KILLED)
+        while kills < KILLS:
+            size = moments.choice(sizes)
+            pids = fork_company(size, lambda rank, argv=argv: train_script(argv), tmp_path / "said")
+            time.sleep(moments.uniform(0, 0.7 * duration))
+            victim = moments.choice(pids)
+            os.kill(victim, signal.SIGKILL)
+            statuses = statuses_within(30, pids)
+            if statuses == [0] * size:
+                break
+            kills += 1
+            assert statuses.pop(pids.index(victim)) in (-signal.SIGKILL, 0)
+            # One that has not begun to train ends as with bad input; one that has nothing left to do has ended well.
+            assert set(statuses) <= {0, 1, 2}
+        assert train_together(2, argv, tmp_path / "said") == [0, 0]
+        if sizes == [2]:
+            assert not differences(contents(root / "run"), whole)
+        else:
+            assert largest_difference(root / "run", tmp_path / "whole" / "run") < 1e-3
+        runs += 1
+
+
+def at_step(step: int, action: Callable[[int], None]) -> Callable[[int], None]:
+    """For `train_together`: in each process, `action` of its rank in the midst of step number `step`."""
+
+    def prepare(rank: int) -> None:
+        original, steps = train.LOSSES["clean"], []
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            steps.append(None)
+            if len(steps) == step:
+                action(rank)
+            return original(*args, **kwargs)
+
+        train.LOSSES["clean"] = loss
+
+    return prepare
+
+
+def test_a_killed_process_is_named(tmp_path: Path) -> None:
+    action = at_step(3, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
+    argv = small(tmp_path, "--method", "clean")
+    assert train_together(3, argv, tmp_path / "said", action) == [1, -signal.SIGKILL, 1]
+    assert "stopped: rank 1 of 3 processes is gone" in (tmp_path / "run" / "train.log").read_text()
+    assert said(tmp_path / "said")[2] == ""
+
+
+@pytest.mark.parametrize("hanging", [0, 1])
+def test_a_process_that_hangs_is_named_and_ends_the_run(hanging: int, tmp_path: Path) -> None:
+    prepare = at_step(2, lambda rank: os.kill(os.getpid(), signal.SIGSTOP) if rank == hanging else None)
+    argv = small(tmp_path, "--method", "clean", "--process-timeout-minutes", "0.03")
+
+    def body(rank: int) -> int:
+        prepare(rank)
+        return train_script(argv)
+
+    pids = fork_company(3, body, tmp_path / "said")
+    stopped = pids.pop(hanging)
+    try:
+        assert statuses_within(30, pids) == [1, 1]
+    finally:
+        os.kill(stopped, signal.SIGKILL)
+    assert exit_status(stopped) == -signal.SIGKILL
+    text = "\n".join(said(tmp_path / "said"))
+    line = f"stopped: waited 0.03 minutes for rank {hanging} of 3 processes (--process-timeout-minutes)"
+    assert text.count("stopped: ") == text.count(line) == 1
+    if hanging:
+        assert line in (tmp_path / "run" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, [1]), (signal.SIGUSR1, [0]), (signal.SIGTERM, [0, 1, 2])])
+def test_a_signal_to_any_or_all_stops_all_after_the_same_step(number: int, to: list[int], tmp_path: Path) -> None:
+    action = at_step(2, lambda rank: os.kill(os.getpid(), number) if rank in to else None)
+    argv = small(tmp_path, "--method", "clean")
+    assert train_together(3, argv, tmp_path / "said", action) == [128 + number] * 3
+    assert load_checkpoint(tmp_path / "run" / "latest.pt")["progress"]["step"] == 2
+    assert f"stopped by {signal.Signals(number).name}; go on with" in (tmp_path / "run" / "train.log").read_text()
+    assert train_together(3, ["--resume", str(tmp_path / "run")], tmp_path / "said") == [0] * 3
+    assert train_together(3, small(tmp_path / "whole", "--method", "clean"), tmp_path / "said") == [0] * 3
+    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
+
+
+def test_a_step_is_skipped_by_all_where_it_is_bad_for_one(tmp_path: Path) -> None:
+    def bad(rank: int) -> None:
+        original, steps = train.LOSSES["clean"], []
+
+        def loss(*args: Any, **kwargs: Any) -> Any:
+            steps.append(None)
+            loss, metrics = original(*args, **kwargs)
+            return (loss * math.nan if len(steps) == 2 and rank else loss), metrics
+
+        train.LOSSES["clean"] = loss
+
+    assert train_together(2, small(tmp_path, "--method", "clean"), tmp_path / "said", bad) == [0, 0]
+    assert [row["bad_steps"] for row in Experiment.open(tmp_path / "run").read_metrics()] == [1, 1]
+
+
+# --- torchrun ---------------------------------------------------------------------------------------------------------
+
+
+def workers(agent: int) -> dict[int, int]:
+    """The processes that a torchrun has started, by rank."""
+    found = {}
+    for task in Path(f"/proc/{agent}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                rank = re.search(rb"\0RANK=(\d+)\0", Path(f"/proc/{child}/environ").read_bytes())
+                found |= {int(rank[1]): int(child)} if rank else {}
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 2] if LARGE else [2])
+def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(nodes: int, tmp_path: Path) -> None:
+    """With two agents as two machines. Bit for bit as a run that was not disturbed."""
+    flags = ["--group-norm", "--method", "at", "--attack-iter", "1", "--checkpoint-minutes", "1e-9"]
+    flags += ["--epochs", "3", "--if-exists", "resume"]
+    assert train_together(2, tiny(tmp_path / "whole", *flags), tmp_path / "said") == [0, 0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", "--monitor-interval", "0.1"]
+    command += ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d"]
+    command += ["--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = (tmp_path / "agents.txt").open("w")
+    start = {"env": environment, "stdout": log, "stderr": log}
+    agents = [subprocess.Popen([*command, *tiny(tmp_path, *flags)], **start) for _ in range(nodes)]
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run" / "latest.pt").exists():
+            assert time.monotonic() < until and agents[0].poll() is None, (tmp_path / "agents.txt").read_text()[-3000:]
+            time.sleep(0.02)
+        victims = {rank: pid for agent in agents for rank, pid in workers(agent.pid).items()}
+        os.kill(victims[1], signal.SIGKILL)
+        assert [agent.wait(120) for agent in agents] == [0] * nodes, (tmp_path / "agents.txt").read_text()[-3000:]
+    finally:
+        for agent in agents:
+            agent.kill()
+            agent.wait()
+        log.close()
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.count("resume: from") == 1 and text.count("finished: ") == 1
+    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
+
+
+@pytest.mark.skipif(not LARGE, reason="another quarter of a minute of starting processes")
+def test_sigterm_to_torchrun_itself_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """Which is how a cluster ends a job: torchrun hands it on to its workers, and does not start them again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "3", str(ROOT / "train.py"), *tiny(tmp_path, "--epochs", "100", "--method", "clean")]
+    agent = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 120
+        while not (tmp_path / "run" / "latest.pt").exists():
+            assert time.monotonic() < until and agent.poll() is None
+            time.sleep(0.02)
+        agent.terminate()
+        assert agent.wait(60) != 0
+    finally:
+        agent.kill()
+        agent.wait()
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.count("stopped by SIGTERM; go on with") == 1 and "finished: " not in text
+
+
+# --- --if-exists resume -----------------------------------------------------------------------------------------------
+
+
+def test_if_exists_resume_makes_a_folder_goes_on_with_it_and_refuses_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = small(tmp_path, "--method", "clean", "--if-exists", "resume")
+    assert run_training(*argv) == 0
+    before = files(tmp_path)
+    capsys.readouterr()
+    assert run_training(*argv, "--save-every", "7") == 0  # a setting that may change
+    assert "nothing left to do, all 2 epochs are finished" in capsys.readouterr().out
+    error = refusal(capsys, *argv, "--lr", "0.3", "--seed", "4")
+    assert f"--if-exists resume: {tmp_path / 'run'} is a run with other settings, --lr 0.1, --seed 0" in error
+    assert files(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_if_exists_resume_takes_over_a_folder_that_was_not_begun_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = small(tmp_path, "--method", "clean", "--if-exists", "resume", "--epochs", "1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".args.yaml.0123.tmp").write_text("half")
+    assert run_training(*argv) == 0
+    assert (tmp_path / "run" / "best.pt").exists() and not list((tmp_path / "run").glob("*.tmp"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert "mine exists and is not overwritten" in refusal(capsys, *argv, "--name", "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
