@@ -137,8 +137,8 @@ def main(argv: list[str] | None = None) -> int:
                 log(f"{candidate.identity['checkpoint']}: trained in {trained}, attacked in {norm}{said}")
             n = args["n"] or len(test.labels)
             test, images = leading(test, n)
-            what = {"n": n, "images": images, "test_sha256": digest(Split(test.images[:n], test.labels[:n]))}
-            what |= {"part": args["images"]} if args["images"] != "test" else {}
+            what = {"n": n, "images": images, "part": args["images"]}
+            what |= {"test_sha256": digest(Split(test.images[:n], test.labels[:n]))}
             for eps, text in lengths[norm]:
                 attack = {"norm": norm, "eps": eps, "eps_text": text, "version": args["version"], "seed": args["seed"]}
                 identity = {**candidate.identity, **origin, **what, **attack, "batch_size": args["batch_size"]}

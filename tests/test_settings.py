@@ -304,9 +304,9 @@ BAD = {
     "unsup-fraction": [("1.1", "at most 1"), ("-0.1", "at least 0")],
     "beta": [("0", "above 0"), ("-2", "at least -1"), ("-0.5", "above 0"), ("x", "a number")],
     "dataset": [("cifar", "cifar10, cifar100, tiny-imagenet, digits")],
-    "data": [("mnist", "cifar10, cifar100, tiny-imagenet, digits"), ("./mnist", "no such folder, or .npz file")],
-    "image-size": [("0", "at least 8"), ("7.5", "at least 8"), ("32", "cifar10 has its own")],
-    "held-out": [("0", "above 0"), ("1", "at most 0.9"), ("0.1", "cifar10 has its own")],
+    "data": [("mnist", "cifar10, cifar100, tiny-imagenet, digits"), ("/mnist", "no such folder, or .npz file")],
+    "image-size": [("0", "at least 8"), ("7.5", "at least 8"), ("32", "digits has its own")],
+    "held-out": [("0", "above 0"), ("1", "at most 0.9"), ("0.1", "digits has its own")],
     "dataset-content": [("5x8x8", "does not tell images")],
     "model": [
         ("wrn-29-10", "wrn-D-W"),
