@@ -172,15 +172,17 @@ for step, _ in enumerate(loader.epoch(0)):
 
 def test_ctrl_c_ends_a_process_whose_disk_answers_no_more():
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-    )
-    assert [process.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
-    time.sleep(0.2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert "KeyboardInterrupt" in process.communicate(timeout=20)[1]
-    assert process.returncode == -signal.SIGINT
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", INTERRUPTED], env=environment, **pipes) as process:
+        try:
+            assert [process.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
+            time.sleep(0.2)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert "KeyboardInterrupt" in process.communicate(timeout=20)[1]
+            assert process.returncode == -signal.SIGINT
+        finally:
+            process.kill()
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
