@@ -8,6 +8,8 @@ included; evaluation and the choice of a checkpoint cost every method alike and 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from dyart.losses import SHARED, SHARED_STEPS
+
 CLEAN = 3.0
 # What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is
 # counted from its metrics (`spent`).
@@ -25,7 +27,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "trades": {"method": "trades", "attack_iter": 10},
     "mart": {"method": "mart", "attack_iter": 10},
     "n-fgsm": {"method": "n-fgsm"},
-    "dyart-short": {"method": "dyart", "search": "shared", "search_steps": 1, "lambda_robust": 150, "clip_grad": 3},
+    "dyart-short": {
+        "method": "dyart",
+        "search": SHARED,
+        "search_steps": SHARED_STEPS,
+        "lambda_robust": 150,
+        "clip_grad": 3,
+    },
     "dyart": {"method": "dyart", "search": "fast", "search_steps": 6},
     "dyart-released": {"method": "dyart", "search": "fab", "search_steps": 20},
 }

@@ -40,16 +40,21 @@ def finished_runs(burn_in: Path, folder: Path, output: Path) -> dict[tuple[str, 
     """The finished runs by search and seed. Raises ValueError where they cannot be compared."""
     weights = digest_of_weights(burn_in)
     known = read_json(output)["runs"] if output.exists() else []
+    steps = {search: training["search_steps"] for search, training in TRAINING.items()}
+    known = [run for run in known if run.get("search_steps") == steps[run["search"]]]  # as it is trained with now
     runs = {(run["search"], run["seed"]): run for run in known if run.get("burn_in") == weights}
     for place in sorted(place for search in SEARCHES for place in folder.glob(f"{search}-*")):
         experiment, results = Experiment.open(place), Results(place / "autoattack")
         settings, records = experiment.settings, {record["eps_text"]: record for record in results.current}
         if settings["pretrained"] != str(burn_in):
             raise ValueError(f"{place} started from {settings['pretrained']}, not from {burn_in}: use a new FOLDER")
+        if settings["search_steps"] != steps[settings["search"]]:
+            raise ValueError(f"{place} was trained with {settings['search_steps']} steps; use a new FOLDER")
         if not records.keys() >= set(EPS):
             continue
         record = records[EPS[0]]
         run = {"search": settings["search"], "seed": settings["seed"], "burn_in": weights}
+        run |= {"search_steps": settings["search_steps"]}
         run |= {key: {**settings, **record}[key] for key in SAME if key != "burn_in"}
         run |= {"training_seconds": experiment.read_metrics()[-1]["seconds"], "clean": record["clean_accuracy"]}
         run |= {f"AutoAttack {eps}": records[eps]["robust_accuracy"] for eps in EPS}

@@ -11,6 +11,7 @@ import pytest
 import bench
 from analysis import cost
 from analysis.company import PARTS, SHARED_OUT
+from dyart.losses import SHARED_STEPS
 from dyart.margin import SEARCHES
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +51,10 @@ def test_smoke_run(tmp_path):
         assert peak["of_clean"] == peak["mib"] / workload["memory"]["clean step"]["mib"]
     reference, fast, shared, released = workload["quality"]
     assert all(row["gradient_cosine"] > 0.5 for row in workload["quality"])
-    assert reference["gradient_cosine"] == pytest.approx(1, abs=1e-5) and shared["search"] == "shared, 1 steps"
+    assert (
+        reference["gradient_cosine"] == pytest.approx(1, abs=1e-5)
+        and shared["search"] == f"shared, {SHARED_STEPS} steps"
+    )
     assert reference["ratio_mean"] == 1
     assert fast["search"] == f"fast, {SEARCHES['fast'][1]} steps"
     assert 0.9 < fast["ratio_mean"] < released["ratio_mean"] * 1.1
