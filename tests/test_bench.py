@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 import bench
-from analysis import cost
+from analysis import company, cost
 from analysis.company import PARTS, SHARED_OUT
 from dyart.losses import SHARED_STEPS
 from dyart.margin import SEARCHES
+from experiment.processes import ALONE
 
 ROOT = Path(__file__).parents[1]
+LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 
 
 DIGITS = ["--dataset", "digits", "--model", "wrn-10-1-swish", "--batch-size", "8", "--threads", "1"]
@@ -60,6 +62,17 @@ def test_smoke_run(tmp_path):
     assert 0.9 < fast["ratio_mean"] < released["ratio_mean"] * 1.1
 
 
+def test_a_step_takes_the_time_of_its_parts():
+    given = options() | {"examples": 8}
+    steps = company._steps(cost.load_workload(None, given), given, ALONE)
+    times = {name: [step(), step()] for name, step in steps.items()}
+    assert set(times) == set(SHARED_OUT)
+    assert all(set(parts) == set(PARTS) and min(parts.values()) > 0 for taken in times.values() for parts in taken)
+    assert times["DyART step"][1]["passes"] > times["clean step"][1]["passes"]
+    assert times["clean step"][1]["sum"] < times["clean step"][1]["passes"]  # there are no others to sum over
+
+
+@pytest.mark.skipif(not LARGE, reason="20 seconds of starting processes")
 def test_steps_that_processes_share_out(tmp_path, capsys):
     output = tmp_path / "bench.json"
     flags = ["--smoke", "--processes", "2", "--threads", "1", "--device", "cpu", "--output", str(output)]
