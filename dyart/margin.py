@@ -150,7 +150,7 @@ def find_boundary(
     init_radius = default_radius if init_radius is None else init_radius
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    _check_batch(x, labels)
+    check_batch(x, labels)
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
     x = x.detach()
@@ -160,7 +160,7 @@ def find_boundary(
 
     shape = x.shape[1:]
 
-    def nearest_points(origin: Tensor, begin: Tensor, labels: Tensor) -> _Nearest:
+    def nearest_points(origin: Tensor, begin: Tensor, labels: Tensor) -> Nearest:
         def linearize(points: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
             return value_and_gradient(model, points.view(-1, *shape), labels[rows], temperature)
 
@@ -177,7 +177,7 @@ def find_boundary(
             nearest = nearest_points(origin, begin, labels)
         else:
             key = (id(model), shape, norm, temperature, search, steps, start is None)
-            nearest = _Nearest(*graphs(nearest_points, origin, begin, labels, key=key))
+            nearest = Nearest(*graphs(nearest_points, origin, begin, labels, key=key))
     found = nearest.distance.isfinite()
     return Boundary(
         x=torch.where(found[:, None], nearest.point, origin).view(x.shape),
@@ -188,7 +188,7 @@ def find_boundary(
     )
 
 
-def _check_batch(x: Tensor, labels: Tensor) -> None:
+def check_batch(x: Tensor, labels: Tensor) -> None:
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
     if not ((x >= 0) & (x <= 1)).all():
@@ -206,7 +206,7 @@ def value_and_gradient(
     return value.detach(), grad.flatten(1)
 
 
-class _Nearest(NamedTuple):
+class Nearest(NamedTuple):
     """The closest point with Φ < 0 seen so far, for each of m examples; `distance` is inf where there is none."""
 
     point: Tensor
@@ -214,10 +214,10 @@ class _Nearest(NamedTuple):
     value: Tensor
     grad: Tensor
 
-    def update(self, eligible: Tensor, *candidate: Tensor) -> "_Nearest":
+    def update(self, eligible: Tensor, *candidate: Tensor) -> "Nearest":
         """Take the candidate (point, distance, value, grad) where it is eligible and closer."""
         closer = eligible & (candidate[1] < self.distance)
-        return _Nearest(
+        return Nearest(
             *(
                 torch.where(closer.view(-1, *[1] * (old.dim() - 1)), new, old)
                 for old, new in zip(self, candidate, strict=True)
@@ -241,7 +241,7 @@ def _search_fab(
     norm: Norm,
     steps: int,
     weight: float,  # of the first step; this search has its own for each
-) -> _Nearest:
+) -> Nearest:
     """The released recipe: noise at the start and two passes through the network per step.
 
     Each step meets the linearized boundary from the iterate and from x, and mixes the two points per example in favour
@@ -266,7 +266,7 @@ def _search_fab(
         distance = torch.where(closer, reached, distance)
         best = torch.where(closer[:, None], at, best)
         at = torch.where(crossed[:, None], origin + 0.9 * (at - origin), at)
-    return _Nearest(best, distance, *linearize(best, slice(None)))
+    return Nearest(best, distance, *linearize(best, slice(None)))
 
 
 def _search_fast(
@@ -277,7 +277,7 @@ def _search_fast(
     norm: Norm,
     steps: int,
     weight: float,
-) -> _Nearest:
+) -> Nearest:
     """One pass per step: Φ at the point reached, and its gradient for the next step, for the filter and the weights.
 
     Each step averages the gradients met so far, in favour of the latest; takes the shortest move from x along that
@@ -290,28 +290,66 @@ def _search_fast(
     """
     value, grad = linearize(origin, slice(None))
     correct = value > CORRECT_ABOVE
-    everywhere = _Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
+    everywhere = Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
     rows = slice(None) if has_fixed_shapes(origin) else correct.nonzero()[:, 0]
-    nearest = _Nearest(*(field[rows] for field in everywhere))
+    nearest = Nearest(*(field[rows] for field in everywhere))
     searched, correct = origin[rows], correct[rows]
-    move = start[rows] - searched
     value, grad = (value[rows], grad[rows]) if start is origin else linearize(start[rows], rows)
-    normal = None
-    for step in range(steps):
-        left = weight * (1 - step / steps)
-        move, onto, normal = _turn(searched, move, normal, value, grad, norm, left)
-        beyond = OVERSHOOT * left * torch.where(nearest.distance.isfinite(), 1, 3)
-        at = (searched + ((1 + beyond) * onto)[:, None] * move).clamp_(0, 1)
-        move = at - searched
-        value, grad = linearize(at, rows)
-        nearest = nearest.update(correct & (value < 0), at, norm.length(move), value, grad)
+    at = Walk(start[rows] - searched, value, grad)
+    nearest, _ = walk(lambda points: linearize(points, rows), searched, correct, nearest, at, norm, steps, weight)
     for field, part in zip(everywhere, nearest, strict=True):
         field[rows] = part
     return everywhere
 
 
+class Walk(NamedTuple):
+    """Where a search stands: its moves from x (n, d), Φ (n,) and ∇Φ (n, d) there, the average of its gradients so far.
+
+    The average is None before the first step.
+    """
+
+    move: Tensor
+    value: Tensor
+    grad: Tensor
+    normal: Tensor | None = None
+
+
+def walk(
+    linearize: Callable[[Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    correct: Tensor,
+    nearest: Nearest,
+    at: Walk,
+    norm: Norm,
+    steps: int,
+    weight: float | Tensor,
+    overshoot: Callable[[int, float | Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Nearest, Walk]:
+    """The steps of the fast search from where it stands: the closest points known afterwards, and where it stands then.
+
+    The weight may differ between examples (n,). `overshoot` says what a step adds to its moves, of the number of the
+    step, its weight, and which examples have a point beyond the boundary.
+    """
+    move, value, grad, normal = at
+    for step in range(steps):
+        left = weight * (1 - step / steps)
+        mixing = left[:, None] if isinstance(left, Tensor) else left
+        move, onto, normal = _turn(x, move, normal, value, grad, norm, mixing)
+        found = nearest.distance.isfinite()
+        beyond = (overshoot or _falling_overshoot)(step, left, found)
+        at = (x + ((1 + beyond) * onto)[:, None] * move).clamp_(0, 1)
+        move = at - x
+        value, grad = linearize(at)
+        nearest = nearest.update(correct & (value < 0), at, norm.length(move), value, grad)
+    return nearest, Walk(move, value, grad, normal)
+
+
+def _falling_overshoot(step: int, left: float | Tensor, found: Tensor) -> Tensor:
+    return OVERSHOOT * left * torch.where(found, 1, 3)
+
+
 def _turn(
-    x: Tensor, move: Tensor, normal: Tensor | None, value: Tensor, grad: Tensor, norm: Norm, weight: float
+    x: Tensor, move: Tensor, normal: Tensor | None, value: Tensor, grad: Tensor, norm: Norm, weight: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the moves (n, d) from x by what is known of Φ at x + move: one step of the fast search.
 
@@ -366,7 +404,7 @@ def approach_boundary(
     the_norm = lookup_norm(norm)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    _check_batch(x, labels)
+    check_batch(x, labels)
     margins = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     found, points, values, grads = margins.bool(), x.detach().clone(), margins.clone(), torch.zeros_like(x)
     rows = torch.arange(len(x), device=x.device) if among is None else among.nonzero()[:, 0]
