@@ -148,7 +148,7 @@ def find(model: nn.Module, x: Tensor, y: Tensor, search: Search, start: Tensor |
     missed = ((boundary.value > CORRECT_ABOVE) & ~boundary.found).nonzero()[:, 0]
     if len(missed) == 0:
         return boundary
-    longer = find_boundary(model, x[missed], y[missed], steps=LONGER * search.steps, **kind)
+    longer = closest_boundary(model, x[missed], y[missed], passes=LONGER * (search.steps + 1), **kind)
     return replaced(boundary, missed, longer)
 
 
