@@ -2,6 +2,7 @@
 
     python bench.py experiments/NAME/burn_in.pt experiments/NAME/best.pt
     python bench.py weights.pt --model wrn-28-10-swish --batch-size 256 --device cuda --amp bf16
+    python bench.py experiments/NAME --attacks            # minimum-norm attacks instead: distances over passes
 
 Times are taken interleaved, round after round, and compared within each round, so that a machine that is now faster,
 now slower disturbs the ratios little. Prints tables and writes the figures to results/bench-DEVICE.json.
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+from analysis import figures as pictures
+from analysis.attacks import compare_attacks
 from analysis.company import measure_processes
 from analysis.cost import bf16_rate, load_workload, measure_memory, measure_times
 from analysis.quality import measure_quality
@@ -43,6 +46,8 @@ def build_parser() -> flags.Parser:
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the choice of images and of random starts")
     only = "instead of all this, steps that so many processes share out on this machine, against one process"
     g.add_argument("--processes", type=flags.whole(least=1), default=None, help=only)
+    attacks = "compare minimum-norm attacks instead: these, such as ours FMN-50, or all"
+    g.add_argument("--attacks", metavar="NAME", nargs="*", default=None, help=attacks)
     flags.add_switch(p, "--smoke", default=False, help="a few seconds on digits, to see that it runs")
     g = p.add_argument_group("where and how")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
@@ -64,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         options |= {"dataset": "digits", "model": "wrn-10-1-swish", "batch_size": 8, "rounds": 1, "examples": 8}
         options |= {"targets": [], "steps": []}
     device = flags.device(options["device"], cuda_graphs=options["cuda_graphs"])
+    if options["attacks"] is not None:
+        return attack(options)
     name = device_name(device) if device.type == "cuda" else cpu_name()
     output = Path(options["output"] or f"results/bench-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json")
     flags.check_writable(output.parent, "--output")
@@ -91,6 +98,31 @@ def main(argv: list[str] | None = None) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, report)
     print(f"{name}, {options['threads']} threads; figures in {output}")
+    return 0
+
+
+def attack(options: dict[str, Any]) -> int:
+    """Compare minimum-norm attacks on each target; goes on from what the output holds, and draws what it then holds."""
+    output = Path(options["output"] or "results/attacks.json")
+    flags.check_writable(output.parent, "--output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(options["threads"])
+    subjects = []
+    for target in options["targets"] or [None]:
+        workload = load_workload(target, options)
+        rows = compare_attacks(workload, options, output)
+        subjects.append((f"{workload.identity['model']}, {workload.norm}", rows))
+        print(f"\n{workload.identity['model']}, {workload.identity['checkpoint'] or 'untrained'}, {workload.norm}\n")
+        print("| attack | steps | passes | images | found | mean | median | 95 % | largest | optimality | seconds |")
+        print("| --- |" + " ---: |" * 10)
+        for row in rows:
+            passes = f"{row['forward']:.1f} + {row['backward']:.1f}"
+            ratios = " | ".join(f"{row.get(key, math.nan):.3f}" for key in ("mean", "median", "q95", "largest"))
+            found = f"{row['images']} | {row['found']:.2f}"
+            last = f"{row['optimality']:.3f} | {row['seconds']:.1f}"
+            print(f"| {row['attack']} | {row['steps']} | {passes} | {found} | {ratios} | {last} |")
+    pictures.attacks(output.with_suffix(".png"), subjects)
+    print(f"\nfigures in {output} and {output.with_suffix('.png')}")
     return 0
 
 

@@ -210,3 +210,23 @@ def speed_check(path: Path, rows: Sequence[dict[str, Any]], results: dict[str, d
     figure.supxlabel(f"predicted speed ({scale.unit} per unit length of update)", fontsize=10)
     axes[0, 0].set_ylabel("measured change of R\nover the step's length")
     _finish(figure, path)
+
+
+def attacks(path: Path, subjects: Sequence[tuple[str, Sequence[dict[str, Any]]]]):
+    """A panel for each subject: what an attack's distances exceed the best known by, over its passes."""
+    figure, axes = plt.subplots(
+        1, len(subjects), figsize=(4.2 * len(subjects), 3.8), layout="constrained", squeeze=False, sharey=True
+    )
+    palette = [BLUE, VERMILLION, ORANGE, GREEN, PURPLE, SKY, GREY]
+    names = list(dict.fromkeys(row["attack"] for _, rows in subjects for row in rows))
+    for axis, (title, rows) in zip(axes[0], subjects, strict=True):
+        for index, name in enumerate(names):
+            points = sorted((row["forward"] + row["backward"], row["mean"]) for row in rows if row["attack"] == name)
+            if points:
+                passes, mean = np.array(points).T
+                style = {"color": palette[index % len(palette)], "marker": "osv^DPX"[index % 7], "markersize": 4}
+                axis.plot(passes, np.maximum(100 * (mean - 1), 0.01), label=name, **style)
+        axis.set(xscale="log", yscale="log", xlabel="forward + backward passes an image", title=title)
+    axes[0, 0].set_ylabel("mean distance above the best known (%)")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _finish(figure, path)

@@ -16,6 +16,7 @@ from analysis.subject import Subject, epoch_of, other_checkpoints
 from data import Split, to_input
 from dyart.dynamics import Direction, boundary_speed, unit_direction, update_direction
 from dyart.margin import CORRECT_ABOVE, Boundary, find_boundary, soft_logit_margin
+from dyart.minimum_norm import closest_boundary
 from dyart.modes import mixed_precision
 from experiment.build import build_model, loss_options
 from models.outputs import check_finite_outputs
@@ -135,13 +136,19 @@ def measure(
 
 
 def find(model: nn.Module, x: Tensor, y: Tensor, search: Search, start: Tensor | None = None) -> Boundary:
-    """The boundary points of a batch; correct examples for which none is found are searched for longer."""
+    """The boundary points of a batch, of the class whose boundary is nearest; or those next to a start.
+
+    A search of k steps has k + 1 passes. Correct examples for which it finds nothing are searched for longer.
+    """
     kind = {"norm": search.norm, "temperature": search.temperature}
-    boundary = find_boundary(model, x, y, steps=search.steps, start=start, **kind)
+    if start is None:
+        boundary = closest_boundary(model, x, y, passes=search.steps + 1, **kind)
+    else:
+        boundary = find_boundary(model, x, y, steps=search.steps, start=start, **kind)
     missed = ((boundary.value > CORRECT_ABOVE) & ~boundary.found).nonzero()[:, 0]
     if len(missed) == 0:
         return boundary
-    longer = find_boundary(model, x[missed], y[missed], steps=LONGER * search.steps, **kind)
+    longer = closest_boundary(model, x[missed], y[missed], passes=LONGER * (search.steps + 1), **kind)
     return replaced(boundary, missed, longer)
 
 

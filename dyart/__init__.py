@@ -38,6 +38,7 @@ from dyart.margin import (
     margin_gradient_weights,
     soft_logit_margin,
 )
+from dyart.minimum_norm import MinimumNorm, closest_boundary, minimum_norm_attack
 from dyart.projection import NORMS, Norm
 
 # The only place where the version is written: pyproject.toml reads it from here.
@@ -46,16 +47,19 @@ __version__ = "0.1.0"
 __all__ = [
     "NORMS",
     "Boundary",
+    "MinimumNorm",
     "Norm",
     "WeightAverage",
     "__version__",
     "approach_boundary",
     "boundary_speed",
+    "closest_boundary",
     "dyart_loss",
     "find_boundary",
     "is_locally_closest",
     "logit_margin",
     "margin_gradient_weights",
+    "minimum_norm_attack",
     "pgd",
     "soft_logit_margin",
     "update_direction",

@@ -5,7 +5,6 @@ point of x, and R = ‖x̂ − x‖_p is the margin. β is called `temperature`;
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 from dyart.graphs import CudaGraphs
 from dyart.modes import frozen
 from dyart.noise import Source, draw
-from dyart.projection import Norm, has_fixed_shapes, lookup_norm
+from dyart.projection import Norm, lookup_norm
+from dyart.search import (
+    CORRECT_ABOVE,
+    OVERSHOOT,
+    SEARCHES,
+    WARM_WEIGHT,
+    Nearest,
+    turn,
+)
 
-# Examples with a smaller Φ count as misclassified: they have no margin (Xu et al., 2023, released recipe).
-CORRECT_ABOVE = 1e-9
-# Share of its length that the fast search adds to its first move, to end beyond the boundary.
-OVERSHOOT = 0.04
-# Weight of the first step of a fast search from boundary points found before. In narrow valleys of the boundary a
-# larger one throws them away for points further off, and a smaller one is slow.
-WARM_WEIGHT = 0.2
 # Bound on 1 / ‖∇_x Φ‖_q. It acts only where the logit margin changes by less than 0.001 over the whole unit box.
 MAX_GRADIENT_WEIGHT = 1e3
 
@@ -151,7 +151,7 @@ def find_boundary(
     init_radius = default_radius if init_radius is None else init_radius
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    _check_batch(x, labels)
+    check_batch(x, labels)
     if start is not None and start.shape != x.shape:
         raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
     x = x.detach()
@@ -161,7 +161,7 @@ def find_boundary(
 
     shape = x.shape[1:]
 
-    def nearest_points(origin: Tensor, begin: Tensor, labels: Tensor) -> _Nearest:
+    def nearest_points(origin: Tensor, begin: Tensor, labels: Tensor) -> Nearest:
         def linearize(points: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
             return value_and_gradient(model, points.view(-1, *shape), labels[rows], temperature)
 
@@ -178,7 +178,7 @@ def find_boundary(
             nearest = nearest_points(origin, begin, labels)
         else:
             key = (id(model), shape, norm, temperature, search, steps, start is None)
-            nearest = _Nearest(*graphs(nearest_points, origin, begin, labels, key=key))
+            nearest = Nearest(*graphs(nearest_points, origin, begin, labels, key=key))
     found = nearest.distance.isfinite()
     return Boundary(
         x=torch.where(found[:, None], nearest.point, origin).view(x.shape),
@@ -189,7 +189,7 @@ def find_boundary(
     )
 
 
-def _check_batch(x: Tensor, labels: Tensor) -> None:
+def check_batch(x: Tensor, labels: Tensor) -> None:
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
     if not ((x >= 0) & (x <= 1)).all():
@@ -207,125 +207,12 @@ def value_and_gradient(
     return value.detach(), grad.flatten(1)
 
 
-class _Nearest(NamedTuple):
-    """The closest point with Φ < 0 seen so far, for each of m examples; `distance` is inf where there is none."""
-
-    point: Tensor
-    distance: Tensor
-    value: Tensor
-    grad: Tensor
-
-    def update(self, eligible: Tensor, *candidate: Tensor) -> "_Nearest":
-        """Take the candidate (point, distance, value, grad) where it is eligible and closer."""
-        closer = eligible & (candidate[1] < self.distance)
-        return _Nearest(
-            *(
-                torch.where(closer.view(-1, *[1] * (old.dim() - 1)), new, old)
-                for old, new in zip(self, candidate, strict=True)
-            )
-        )
-
-
 def _noisy_start(origin: Tensor, norm: Norm, init_radius: float, generator: Source) -> Tensor:
     if init_radius == 0:
         return origin
     noise = draw(torch.rand, origin.shape, origin, generator) * 2 - 1
     noise *= init_radius / 2 / norm.length(noise)[:, None]
     return (origin + noise).clamp_(0, 1)
-
-
-def _search_fab(
-    linearize: Callable,
-    evaluate: Callable,
-    origin: Tensor,
-    start: Tensor,
-    norm: Norm,
-    steps: int,
-    weight: float,  # of the first step; this search has its own for each
-) -> _Nearest:
-    """The released recipe: noise at the start and two passes through the network per step.
-
-    Each step meets the linearized boundary from the iterate and from x, and mixes the two points per example in favour
-    of the shorter move. A forward pass tells on which side the step has ended, and one more forward and backward pass
-    serves the next step; a last one takes the gradient at the points found.
-    """
-    value = evaluate(origin, slice(None))
-    correct = value > CORRECT_ABOVE
-    distance = torch.full_like(value, math.inf)
-    best = origin
-    at = start
-    for _ in range(steps):
-        value, grad = linearize(at, slice(None))
-        move = norm.project(at, grad, -value)
-        move_x = norm.project(origin, grad, -value - (grad * (origin - at)).sum(1))
-        length, length_x = norm.length(move), norm.length(move_x)
-        mix = (length / (length + length_x).clamp_min(_tiny(origin))).clamp_max(0.1)[:, None]
-        at = ((1 - mix) * (at + 1.05 * move) + mix * (origin + 1.05 * move_x)).clamp_(0, 1)
-        crossed = evaluate(at, slice(None)) < 0
-        reached = norm.length(at - origin)
-        closer = correct & crossed & (reached < distance)
-        distance = torch.where(closer, reached, distance)
-        best = torch.where(closer[:, None], at, best)
-        at = torch.where(crossed[:, None], origin + 0.9 * (at - origin), at)
-    return _Nearest(best, distance, *linearize(best, slice(None)))
-
-
-def _search_fast(
-    linearize: Callable,
-    evaluate: Callable,
-    origin: Tensor,
-    start: Tensor,
-    norm: Norm,
-    steps: int,
-    weight: float,
-) -> _Nearest:
-    """One pass per step: Φ at the point reached, and its gradient for the next step, for the filter and the weights.
-
-    Each step averages the gradients met so far, in favour of the latest; takes the shortest move from x along that
-    average onto the linearized boundary; mixes it into the move so far with a weight that falls linearly from `weight`,
-    as in the Frank-Wolfe method; and scales the mixture onto the linearized boundary of the latest point. What it then
-    adds, to end beyond the boundary, falls likewise.
-
-    On the CPU only the correctly classified rows are searched; on an accelerator all rows are, so that shapes are fixed
-    and nothing waits for the device.
-    """
-    value, grad = linearize(origin, slice(None))
-    correct = value > CORRECT_ABOVE
-    everywhere = _Nearest(origin.clone(), torch.full_like(value, math.inf), value, grad)
-    rows = slice(None) if has_fixed_shapes(origin) else correct.nonzero()[:, 0]
-    nearest = _Nearest(*(field[rows] for field in everywhere))
-    searched, correct = origin[rows], correct[rows]
-    move = start[rows] - searched
-    value, grad = (value[rows], grad[rows]) if start is origin else linearize(start[rows], rows)
-    normal = None
-    for step in range(steps):
-        left = weight * (1 - step / steps)
-        move, onto, normal = _turn(searched, move, normal, value, grad, norm, left)
-        beyond = OVERSHOOT * left * torch.where(nearest.distance.isfinite(), 1, 3)
-        at = (searched + ((1 + beyond) * onto)[:, None] * move).clamp_(0, 1)
-        move = at - searched
-        value, grad = linearize(at, rows)
-        nearest = nearest.update(correct & (value < 0), at, norm.length(move), value, grad)
-    for field, part in zip(everywhere, nearest, strict=True):
-        field[rows] = part
-    return everywhere
-
-
-def _turn(
-    x: Tensor, move: Tensor, normal: Tensor | None, value: Tensor, grad: Tensor, norm: Norm, weight: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn the moves (n, d) from x by what is known of Φ at x + move: one step of the fast search.
-
-    Returns the moves, the factors (n,) that bring them onto the boundary of the linearized Φ, and the average of the
-    gradients met so far, which the next step wants for `normal`; the first has None.
-    """
-    steepness = norm.dual(grad).clamp_min(_tiny(x))
-    unit = grad / steepness[:, None]
-    normal = unit if normal is None else (normal + unit) / 2
-    gain = (unit * move).sum(1) - value / steepness
-    move = (1 - weight) * move + weight * norm.project(x, normal, gain)
-    onto = (gain / (unit * move).sum(1)).nan_to_num(nan=1.0).clamp(0.5, 2)
-    return move, onto, normal
 
 
 def approach_boundary(
@@ -367,7 +254,7 @@ def approach_boundary(
     the_norm = lookup_norm(norm)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    _check_batch(x, labels)
+    check_batch(x, labels)
     margins = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     found, points, values, grads = margins.bool(), x.detach().clone(), margins.clone(), torch.zeros_like(x)
     rows = torch.arange(len(x), device=x.device) if among is None else among.nonzero()[:, 0]
@@ -383,7 +270,7 @@ def approach_boundary(
                 if step:
                     value, grad = value_and_gradient(model, at.view(-1, *x.shape[1:]), labels[rows], temperature)
                 left = 1 - step / steps
-                move, onto, normal = _turn(origin, move, normal, value, grad, the_norm, left)
+                move, onto, normal = turn(origin, move, normal, value, grad, the_norm, left)
                 # The next linearization is taken a little beyond, as in the fast search before it has found a point.
                 beyond = 3 * OVERSHOOT * left if step + 1 < steps else 0
                 at = (origin + ((1 + beyond) * onto)[:, None] * move).clamp(0, 1)
@@ -392,10 +279,6 @@ def approach_boundary(
         margins[rows], values[rows] = the_norm.length(move), value
         grads[rows] = grad.view(-1, *x.shape[1:])
     return Boundary(points, found, margins, values, grads)
-
-
-def _tiny(like: Tensor) -> float:
-    return torch.finfo(like.dtype).tiny
 
 
 def is_locally_closest(x: Tensor, boundary: Boundary, norm: str = "Linf") -> Tensor:
@@ -450,11 +333,3 @@ def margin_gradient_weights(boundary: Boundary, norm: str = "Linf") -> Tensor:
     """
     weights = lookup_norm(norm).dual(boundary.grad.flatten(1)).reciprocal().clamp_max(MAX_GRADIENT_WEIGHT)
     return torch.where(boundary.found, weights, 0)
-
-
-SEARCHES = {
-    # search: (function, default steps, default init_radius). With 6 steps, fast comes within 5 % of a 100-iteration fab
-    # also on weights in the midst of DyART, whose boundaries bend most; elsewhere 4 or 5 do (bench.py).
-    "fast": (_search_fast, 6, 0.0),
-    "fab": (_search_fab, 20, 8 / 255),
-}

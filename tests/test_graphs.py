@@ -46,7 +46,7 @@ def captures(monkeypatch):
         return replay, outputs
 
     monkeypatch.setattr(graphs_module, "capture", capture)
-    monkeypatch.setattr("dyart.margin.has_fixed_shapes", lambda x: True)
+    monkeypatch.setattr("dyart.search.has_fixed_shapes", lambda x: True)
     monkeypatch.setattr("dyart.projection.has_fixed_shapes", lambda x: True)
     return made
 

@@ -551,7 +551,7 @@ def test_fixed_shapes_of_accelerators_give_the_same_points(norm, monkeypatch):
     expected = find_boundary(model, x, y, norm=norm)
     sizes = []
     model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    monkeypatch.setattr("dyart.margin.has_fixed_shapes", lambda x: True)
+    monkeypatch.setattr("dyart.search.has_fixed_shapes", lambda x: True)
     monkeypatch.setattr("dyart.projection.has_fixed_shapes", lambda x: True)
     for field, other in zip(expected, find_boundary(model, x, y, norm=norm), strict=True):
         torch.testing.assert_close(field, other)

@@ -33,21 +33,21 @@ def test_examples_that_a_search_misses_are_searched_for_longer(monkeypatch):
     model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double(), torch.rand(4, 3, 2, 2).double()
     y = model(x).argmax(1)
     y[3] = 1 - y[3]
-    searched, sizes = measure_module.find_boundary, []
+    searched, sizes = measure_module.closest_boundary, []
 
-    def find_boundary(model, x, labels, **options):
-        sizes.append((len(x), options["steps"]))
+    def closest_boundary(model, x, labels, **options):
+        sizes.append((len(x), options["passes"]))
         boundary = searched(model, x, labels, **options)
         if len(sizes) == 1:
             boundary.found[1], boundary.value[1] = False, 1.0
         return boundary
 
-    monkeypatch.setattr(measure_module, "find_boundary", find_boundary)
+    monkeypatch.setattr(measure_module, "closest_boundary", closest_boundary)
     search = Search("Linf", math.inf, 5, 4)
     boundary = measure_module.find(model, x, y, search)
-    assert sizes == [(4, 5), (1, 5 * measure_module.LONGER)]
+    assert sizes == [(4, 6), (1, 6 * measure_module.LONGER)]
     assert boundary.found.tolist() == [True, True, True, False]
-    expected = searched(model, x, y, temperature=math.inf, steps=50)
+    expected = measure_module.find_boundary(model, x, y, temperature=math.inf, steps=50)
     torch.testing.assert_close(boundary.margin, expected.margin, rtol=0.05, atol=0)
 
 
