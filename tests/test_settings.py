@@ -97,8 +97,8 @@ BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epo
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
 SHORT = {"recipe": "short", "burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128}
 SHORT |= {"scheduler": "cyclic", "lambda_robust": 150.0, "clip_grad": 3.0}
-SHORT |= {"search": "shared", "search_steps": 1, "high_quality": False}
-SHARED = {"search": "shared", "search_steps": 1, "high_quality": False}
+SHORT |= {"search": "shared", "search_steps": 2, "high_quality": False}
+SHARED = {"search": "shared", "search_steps": 2, "high_quality": False}
 FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
 FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0, "high_quality": True}
 
