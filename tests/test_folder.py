@@ -170,7 +170,7 @@ def test_a_place_that_cannot_hold_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with refused("cannot create .*: File exists", tmp_path / "file"):
         Experiment.create(tmp_path / "file", "run", SETTINGS)
-    with refused("exist='ask': accepted are 'rename' and 'error'"):
+    with refused("exist='ask': accepted are 'rename', 'error' and 'adopt'"):
         Experiment.create(tmp_path, "run", SETTINGS, exist="ask")
 
 

@@ -41,7 +41,7 @@ from evaluation.results import IDENTITY, Results
 
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 ROOT = Path(__file__).parent.parent
-SEVERAL = ["--eps", "128", "255", "--n", "16", "--batch-size", "1", "--checkpoint", "burn_in", "best", "-v", "custom"]
+SEVERAL = ["--eps", "128", "255", "--n", "40", "--batch-size", "1", "--checkpoint", "burn_in", "best", "-v", "custom"]
 SEVERAL += ["--device", "cpu"]
 SINGLE = ["--eps", "128", "--n", "60", "--batch-size", "1", "-v", "custom", "--device", "cpu"]
 
@@ -103,7 +103,7 @@ def test_jobs_find_what_one_process_finds_also_after_their_death(folder, monkeyp
     assert len(several) == (1 if which is SINGLE else 4)
 
 
-def answer_at_once(channel: Any, device: torch.device, threads: int) -> None:
+def answer_at_once(channel: Any, device: torch.device, threads: int, own_models: list[str]) -> None:
     """A worker that finds out on which device it is, and quickly."""
     with contextlib.suppress(EOFError):
         while True:
