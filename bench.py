@@ -111,8 +111,9 @@ def attack(options: dict[str, Any]) -> int:
     for target in options["targets"] or [None]:
         workload = load_workload(target, options)
         rows = compare_attacks(workload, options, output)
-        subjects.append((f"{workload.identity['model']}, {workload.norm}", rows))
-        print(f"\n{workload.identity['model']}, {workload.identity['checkpoint'] or 'untrained'}, {workload.norm}\n")
+        checkpoint = workload.identity["checkpoint"] or "untrained"
+        subjects.append((f"{checkpoint}, {workload.norm}", rows))
+        print(f"\n{workload.identity['model']}, {checkpoint}, {workload.norm}\n")
         print("| attack | steps | passes | images | found | mean | median | 95 % | largest | optimality | seconds |")
         print("| --- |" + " ---: |" * 10)
         for row in rows:
