@@ -20,6 +20,7 @@ import export
 from data import find_images, own
 from evaluation import attack
 from evaluation.candidate import load_candidate, load_test
+from evaluation.results import Results
 from experiment import settings
 from experiment.build import load_splits
 from experiment.checkpoint import load_checkpoint
@@ -153,8 +154,8 @@ def test_without_test_images_it_is_said_what_to_do_and_each_way_works(tmp_path, 
     assert "all 4, of those held out for validation" in (tmp_path / "out.md").read_text()
 
 
-def test_held_out_images_are_not_trained_on_and_are_those_judged_by(tmp_path):
-    dataset = photos(tmp_path, test=None, each=10)
+def test_held_out_images_are_not_trained_on_and_are_those_judged_by(tmp_path, short_attacks):
+    dataset = photos(tmp_path, each=10)
     resolved = settings.resolve(settings.parse(own_run(tmp_path, dataset, "--held-out", "0.3")))
     data = load_splits(resolved)
     assert torch.bincount(data.validation.labels).tolist() == [3] * 4 and len(data.train.labels) == 28
@@ -163,6 +164,12 @@ def test_held_out_images_are_not_trained_on_and_are_those_judged_by(tmp_path):
     assert run_training(*own_run(tmp_path, dataset, "--held-out", "0.3", "--epochs", "1")) == 0
     candidate = load_candidate(tmp_path / "run" / "best.pt")
     assert torch.equal(load_test(candidate, None, "validation").images, data.validation.images)
+
+    # As many of both parts: neither record takes the place of the other.
+    for part in ("validation", "test"):
+        assert eval_script.main([str(tmp_path / "run"), "--eps", "1", "--images", part, "--version", "custom"]) == 0
+    assert [(record["part"], record["n"]) for record in records(tmp_path / "run")] == [("validation", 12), ("test", 12)]
+    assert len(Results(tmp_path / "run" / "autoattack").current) == 2
 
 
 def test_val_beside_test_is_validated_on_unless_a_share_is_asked_for(tmp_path):
