@@ -14,6 +14,8 @@ are in units of pixels in [0, 1]. All functions but the losses leave the model a
                pgd                      the attack of baselines and validation
     dynamics   update_direction         where a loss, or its optimizer's step, moves the parameters
                boundary_speed           by how much the margins change along a direction
+    attack     minimum_norm_attack      the smallest change that changes the decision, a MinimumNorm
+               closest_boundary         its points as a Boundary: margins to the nearest of several classes
     norms      NORMS, Norm              Linf, L2, and what you add
 
     from dyart import find_boundary

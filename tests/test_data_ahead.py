@@ -156,6 +156,7 @@ def test_an_epoch_that_is_left_lets_its_threads_go():
 INTERRUPTED = """
 import signal, sys, threading, time, numpy, torch
 from data import Loader, Split
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in a shell's background
 class Stuck:  # a disk that answers three batches, and then no more
     answered = 0
     def __len__(self): return 90

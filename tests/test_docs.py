@@ -371,7 +371,7 @@ def test_there_are_five_examples_of_the_library_and_all_are_run():
 @contextmanager
 def worked_examples() -> Iterator[None]:
     """All of docs/extending.md's examples, as if they stood in the files that they name; at the end they do not."""
-    with ExitStack() as stack, patch.dict(NORMS):
+    with patch.dict(NORMS), ExitStack() as stack:
         new_norm = shown(EXTENDING, "# library: a new norm")
         exec(new_norm[: new_norm.index("boundary =")], {})
         for file, block in re.findall(r"^```python\n# (\S+)\.py\n(.*?)^```$", EXTENDING.read_text(), re.M | re.S):
