@@ -8,7 +8,8 @@ included; evaluation and the choice of a checkpoint cost every method alike and 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dyart.losses import SHARED, SHARED_STEPS
+from dyart.losses import SINGLE_STEP
+from experiment.settings import SHORT, TRAINING
 
 CLEAN = 3.0
 # What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is
@@ -27,16 +28,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "trades": {"method": "trades", "attack_iter": 10},
     "mart": {"method": "mart", "attack_iter": 10},
     "n-fgsm": {"method": "n-fgsm"},
-    "dyart-short": {
-        "method": "dyart",
-        "search": SHARED,
-        "search_steps": SHARED_STEPS,
-        "lambda_robust": 150,
-        "clip_grad": 3,
-    },
-    "dyart": {"method": "dyart", "search": "fast", "search_steps": 6},
-    "dyart-released": {"method": "dyart", "search": "fab", "search_steps": 20},
+    "dyart-short": {"method": "dyart", **{name: SHORT[name] for name in ("search", "lambda_robust", "clip_grad")}},
+    "dyart": {"method": "dyart", "search": "fast"},
+    "dyart-released": {"method": "dyart", "search": "fab"},
 }
+for _settings in METHODS.values():
+    if "search" in _settings:
+        _settings["search_steps"] = TRAINING[_settings["search"]]["search_steps"]
 LEARNING_RATES = (0.05, 0.1, 0.2)
 LAMBDAS = (75, 150, 300)
 TUNED_LAMBDA = ("dyart-short",)
@@ -60,7 +58,7 @@ def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORREC
     method, iterations = settings["method"], settings.get("attack_iter", 0)
     if method == "clean":
         return CLEAN
-    if method in ("n-fgsm", "fgsm-rs"):
+    if method in SINGLE_STEP:
         return 2 + 3.0
     if method == "at":
         return 2 * iterations + 3.0
@@ -100,5 +98,6 @@ def tunings(name: str) -> list[dict[str, Any]]:
     """What is tried on the middle budget: three peak rates, then for some a λ (at the middle rate)."""
     tried: list[dict[str, Any]] = [{"lr": rate} for rate in LEARNING_RATES]
     if name in TUNED_LAMBDA:
-        tried += [{"lr": LEARNING_RATES[1], "lambda_robust": value} for value in LAMBDAS if value != LAMBDAS[1]]
+        others = (value for value in LAMBDAS if value != METHODS[name]["lambda_robust"])
+        tried += [{"lr": LEARNING_RATES[1], "lambda_robust": value} for value in others]
     return tried

@@ -23,12 +23,8 @@ train_and_attack() {
         shift
     done
     shift
-    if [ ! -e "$folder" ]; then
-        "$PYTHON" train.py "${training[@]}" --output-dir "$(dirname "$folder")" --name "$(basename "$folder")"
-    elif ! "$PYTHON" train.py --resume "$folder"; then
-        echo "$folder cannot be gone on with" >&2
-        return 1
-    fi
+    "$PYTHON" train.py "${training[@]}" --output-dir "$(dirname "$folder")" --name "$(basename "$folder")" \
+        --if-exists resume
     "$PYTHON" eval.py "$folder" "$@"
 }
 export -f train_and_attack

@@ -157,14 +157,14 @@ class Comparison:
 
     def runs(self) -> list[Run]:
         """The runs that are reported, as far as their settings are chosen: leaders' budgets first to last."""
-        found = []
-        for budget in sorted(self.args.budget):
-            for seed in self.args.seeds:
-                for method in self.args.methods:
-                    chosen = self.chosen(method)
-                    if chosen is not None and plan(method, budget) is not None:
-                        found.append(Run(self.args, method, budget, seed, chosen))
-        return found
+        known = {method: chosen for method in self.args.methods if (chosen := self.chosen(method)) is not None}
+        return [
+            Run(self.args, method, budget, seed, chosen)
+            for budget in sorted(self.args.budget)
+            for seed in self.args.seeds
+            for method, chosen in known.items()
+            if plan(method, budget) is not None
+        ]
 
     def leaders(self) -> list[Run]:
         """The runs of the methods that lead a budget by the shorter attack."""
@@ -172,9 +172,9 @@ class Comparison:
         for budget in sorted(self.args.budget):
             runs = [run for run in self.runs() if run.key["budget"] == budget]
             means = {
-                method: statistics.mean(figures[0]["robust"] for figures in rows)
+                method: statistics.mean(figures["robust"] for figures in known)
                 for method in self.args.methods
-                if (rows := [(f,) for run in runs if run.key["method"] == method and (f := self.figures(run))])
+                if (known := [f for run in runs if run.key["method"] == method and (f := self.figures(run))])
             }
             best = sorted(means, key=means.__getitem__, reverse=True)[:LEADERS]
             found += [run for run in runs if run.key["method"] in best]
