@@ -9,8 +9,6 @@ now slower disturbs the ratios little. Prints tables and writes the figures to r
 """
 
 import math
-import multiprocessing
-import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -71,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     device = flags.device(options["device"], cuda_graphs=options["cuda_graphs"])
     if options["attacks"] is not None:
         return attack(options)
-    name = device_name(device) if device.type == "cuda" else cpu_name()
+    name = device_name(device)
     output = Path(options["output"] or f"results/bench-{re.sub('[^A-Za-z0-9]+', '-', name).strip('-').lower()}.json")
     flags.check_writable(output.parent, "--output")
     torch.set_num_threads(options["threads"])
@@ -125,15 +123,6 @@ def attack(options: dict[str, Any]) -> int:
     pictures.attacks(output.with_suffix(".png"), subjects)
     print(f"\nfigures in {output} and {output.with_suffix('.png')}")
     return 0
-
-
-def cpu_name() -> str:
-    """The processor as its maker calls it, with the number of its cores."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        found = None
-    return f"{found[1] if found else platform.machine()}, {multiprocessing.cpu_count()} cores"
 
 
 def print_tables(figures: dict[str, Any]) -> None:

@@ -3,7 +3,10 @@
 For evaluation/attack.py and for all that keep figures, which state it beside them.
 """
 
+import multiprocessing
 import platform
+import re
+from pathlib import Path
 
 import numpy as np
 import pyautoattack
@@ -11,8 +14,16 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
-    """A device as people know it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    """A device as its maker calls it; of a CPU the number of its cores, too."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        found = None
+    return f"{found[1] if found else platform.machine()}, {multiprocessing.cpu_count()} cores"
 
 
 def versions() -> dict[str, str]:

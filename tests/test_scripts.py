@@ -1,6 +1,5 @@
 """The scripts, started from another folder as a user does: what they run, where it goes, and what they refuse."""
 
-import importlib.util
 import os
 import shlex
 import shutil
@@ -10,13 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
-
-from evaluation.results import IDENTITY, Results
-from experiment.folder import Experiment
-from experiment.settings import TRAINING, resolve
-from models import create_model
 
 ROOT = Path(__file__).parents[1]
 SMALL = "--dataset digits --model wrn-10-1-swish --device cpu --epochs 1 --train-subset 16 --batch-size 16 "
@@ -160,51 +153,6 @@ def test_processes_are_started_by_torchrun(processes, expected, tmp_path):
         assert done.returncode == 2 and f"PROCESSES={bad}" in done.stderr and not done.stdout
 
 
-def test_searches_are_compared_from_one_burn_in_and_run_once(tmp_path, monkeypatch, capsys):
-    """Runs from another burn-in are not taken for those of this one; what the results hold is not run again."""
-    weights = create_model("wrn-10-1-swish").state_dict()
-    for name, changed in (("a.pt", weights), ("b.pt", {**weights, "logits.bias": weights["logits.bias"] + 1})):
-        torch.save(changed, tmp_path / name)
-    (tmp_path / "runs").mkdir()
-
-    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "compare_searches_report.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def report(burn_in: str, *seeds: str) -> str:
-        names = [str(tmp_path / name) for name in (burn_in, "runs", "out.json")]
-        monkeypatch.setattr(sys, "argv", ["compare_searches_report.py", *names, *seeds])
-        capsys.readouterr()
-        assert script.main() == 0
-        return capsys.readouterr().out
-
-    with pytest.raises(ValueError, match="no finished runs"):
-        report("a.pt")
-    assert report("a.pt", "0 7").split() == [f"{name}-{seed}" for seed in (0, 7) for name in TRAINING]
-    for seed, (clean, robust) in enumerate([(0.5, 0.25), (0.6, 0.25)]):
-        for search, gain in (("shared", 0.0625), ("fast", 0.0)):
-            settings = resolve({"dataset": "cifar10", "search": search, "seed": seed, "train_subset": 64, "epochs": 1})
-            settings |= {"pretrained": str(tmp_path / "a.pt")}
-            with Experiment.create(tmp_path / "runs", f"{search}-{seed}", settings, echo=print) as experiment:
-                experiment.append_metrics({"epoch": 1, "seconds": 2.0})
-                results = Results(experiment.folder / "autoattack")
-                for eps in ("4/255", "8/255"):
-                    record = dict.fromkeys(IDENTITY, 0) | {"eps": int(eps[0]) / 255, "eps_text": eps, "n": 256}
-                    record |= {"test_size": 10000, "clean_accuracy": clean, "robust_accuracy": robust + gain}
-                    results.finish(record | {"date": "", "version": "custom", "model": "wrn-28-10-swish"})
-    (row,) = (line for line in report("a.pt").splitlines() if line.startswith("shared-fast") and "8/255" in line)
-    assert row.split()[-4:] == ["+6.2", "0.0", "+6.2", "+6.2"]
-    shutil.rmtree(tmp_path / "runs")
-    (tmp_path / "runs").mkdir()
-    assert report("a.pt", "0").split() == ["fab-0"]  # the others are in the results
-    assert report("b.pt", "0").split() == ["shared-0", "fast-0", "fab-0"]
-
-    with Experiment.create(tmp_path / "runs", "fab-0", settings, echo=print):
-        pass
-    with pytest.raises(ValueError, match="fab-0 started from .*a.pt, not from .*b.pt"):
-        report("b.pt", "0")
-
-
 def test_baselines_without_a_method_are_all_three(script):
     status, output, error = script("Cifar10_baselines", SMALL + " --dry-run")
     assert status == 0, error
@@ -222,7 +170,8 @@ def test_baselines_without_a_method_are_all_three(script):
         ("resume", "missing", "missing: no such experiment folder"),
         ("eval", "", "eval.sh FOLDER"),
         ("quickstart", "--epochs 5", "quickstart.sh takes no flags, not --epochs"),
-        ("compare_searches", "a.pt there 0 1", "compare_searches.sh [BURN-IN] [FOLDER] [SEEDS]"),
+        ("compare_runs", "--todo", "compare_runs.sh FILE.json [FOLDER]"),
+        ("compare_runs", "missing.json", "missing.json: no such file"),
         ("analyze", "some --checkpoint epoch_0010", "analyze.sh sets --checkpoint itself, not epoch_0010"),
         ("Cifar10_DyART", "--method at", "Cifar10_DyART.sh sets --method itself (dyart), not at"),
         (

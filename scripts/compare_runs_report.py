@@ -1,0 +1,203 @@
+"""For compare_runs.sh: which trainings of a comparison are missing, what came of one, and the table of all.
+
+python scripts/compare_runs_report.py FILE.json FOLDER                  the table, also into FILE.json
+python scripts/compare_runs_report.py FILE.json FOLDER --todo           the missing runs: name, flags of train.py
+python scripts/compare_runs_report.py FILE.json FOLDER --attack         the flags of eval.py, where it is what attacks
+python scripts/compare_runs_report.py FILE.json FOLDER --measure NAME   writes down what came of a finished run
+
+FILE.json says what is compared, and takes what came of it:
+
+- `train`: flags of train.py that all runs have; `variants`: by name, those that a variant adds; `seeds`;
+- `attack`: "margins" for minimum_norm_attack at 20 passes, on held-out images and the weights of the last epoch; or a
+  version of AutoAttack, on test images and best.pt;
+- `images`: how many; `radii`: as for eval.py --eps;
+- `against`: the variant that the others are compared with, seed by seed, or null; whatever else it says is kept.
+
+A run is finished where FILE.json has it. What a variant's flags stood for is kept there as well: where they have come
+to mean something else, nothing is compared.
+"""
+
+import argparse
+import hashlib
+import re
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from analysis.budget import spent
+from analysis.measure import batches
+from data import first_examples
+from dyart import minimum_norm_attack
+from evaluation.candidate import load_candidate, load_part
+from evaluation.environment import device_name
+from evaluation.results import Results
+from experiment import flags
+from experiment.folder import Experiment
+from experiment.settings import PLACE, parse, resolve
+from storage.files import read_json, write_json
+
+PASSES = 20
+# Settings on which a comparison does not depend: where and how, and what differs between the runs of a variant.
+LEFT_OUT = (*PLACE, "seed", "pretrained")
+
+
+class Comparison:
+    """What FILE.json asks for, and the runs that it has."""
+
+    def __init__(self, file: Path, folder: Path):
+        self.file, self.folder, self.content = file, folder, read_json(file)
+        self.runs: list[dict[str, Any]] = self.content.setdefault("runs", [])
+        known = self.content.setdefault("settings", {})
+        for variant in self.content["variants"]:
+            if not re.fullmatch(r"[\w.+,-]+", variant):
+                raise ValueError(f"{file}: variant {variant!r} is to be the name of a folder, without spaces")
+            now = self.settings(variant, self.content["seeds"][0])
+            before = known.setdefault(variant, now)
+            if before != now:
+                changed = [name for name in now if now.get(name) != before.get(name)]
+                words = ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
+                raise ValueError(f"{file}: {variant} was trained with {words}; compare like with like, in a new file")
+
+    def flags(self, variant: str, seed: int) -> str:
+        """The flags of train.py for a run."""
+        return f"{self.content['train']} {self.content['variants'][variant]} --seed {seed}"
+
+    def settings(self, variant: str, seed: int) -> dict[str, Any]:
+        """What decides what comes out of a variant's runs, as args.yaml would have it."""
+        resolved = resolve(parse(shlex.split(self.flags(variant, seed))))
+        settings = {name: value for name, value in resolved.items() if name not in LEFT_OUT}
+        if resolved["aux_data_filename"] is not None:
+            settings["aux_data_filename"] = Path(resolved["aux_data_filename"]).name
+        if resolved["pretrained"] is not None:
+            settings["pretrained_sha256"] = hashlib.sha256(Path(resolved["pretrained"]).read_bytes()).hexdigest()
+        return settings
+
+    def todo(self) -> list[str]:
+        """The missing runs, seed by seed."""
+        there = {(run["variant"], run["seed"]) for run in self.runs}
+        wanted = [(variant, seed) for seed in self.content["seeds"] for variant in self.content["variants"]]
+        return [
+            f"{variant}-{seed} {self.flags(variant, seed)}" for variant, seed in wanted if (variant, seed) not in there
+        ]
+
+    def attack(self) -> str:
+        """The flags of eval.py; nothing where margins are measured."""
+        if self.content["attack"] == "margins":
+            return ""
+        radii, n = " ".join(self.content["radii"]), self.content["images"]
+        return f"--eps {radii} --n {n} --batch-size {min(n, 128)} --version {self.content['attack']}"
+
+    def measure(self, name: str) -> None:
+        """What came of a finished run, into its folder."""
+        experiment = Experiment.open(self.folder / name)
+        settings, rows = experiment.settings, experiment.read_metrics()
+        accuracies = self._margins(experiment) if self.content["attack"] == "margins" else self._autoattack(experiment)
+        variant, _, seed = name.rpartition("-")
+        run = {"variant": variant, "seed": int(seed), "accuracy": accuracies}
+        run |= {"clean_epochs_spent": round(spent(settings, rows), 2)}
+        run |= {
+            "training_seconds": round(sum(row["seconds"] for row in rows)),
+            "machine": device_name(torch.device(settings["device"])),
+        }
+        run["validation"] = [[round(100 * row[key], 1) for key in ("val_clean", "val_robust")] for row in rows]
+        write_json(self.folder / name / "compared.json", run)
+
+    def _margins(self, experiment: Experiment) -> dict[str, Any]:
+        candidate = load_candidate(experiment.folder / "latest.pt", None, {})
+        settings = {**experiment.settings, "validation_size": None}
+        split, norm, distances = load_part(settings, "validation"), settings["norm"], []
+        for x, y in batches(first_examples(split, self.content["images"], 0), 128, candidate.model):
+            distances.append(minimum_norm_attack(candidate.model, x, y, norm=norm, passes=PASSES).distance)
+        distance = torch.cat(distances)
+        radii = [flags.length(text, norm, "radii") for text in self.content["radii"]]
+        robust = {eps.text: round(100 * (distance > eps.value).double().mean().item(), 3) for eps in radii}
+        return {"clean": round(100 * (distance > 0).double().mean().item(), 3), **robust}
+
+    def _autoattack(self, experiment: Experiment) -> dict[str, Any]:
+        records = Results(experiment.folder / "autoattack").current
+        clean = {round(100 * record["clean_accuracy"], 3) for record in records}
+        robust = {record["eps_text"]: round(100 * record["robust_accuracy"], 3) for record in records}
+        return {"clean": clean.pop(), **robust}
+
+    def collect(self) -> None:
+        """Take in what the folder has."""
+        there = {(run["variant"], run["seed"]) for run in self.runs}
+        for path in sorted(self.folder.glob("*/compared.json")):
+            run = read_json(path)
+            if (run["variant"], run["seed"]) not in there and run["variant"] in self.content["variants"]:
+                self.runs.append(run)
+        order = list(self.content["variants"])
+        self.runs.sort(key=lambda run: (order.index(run["variant"]), run["seed"]))
+
+    def table(self) -> list[str]:
+        """Means and standard deviations over the seeds, in %; of differences at the same seed the standard error."""
+        against, names = self.content.get("against"), list(self.runs[0]["accuracy"])
+        by_seed = {variant: self._by_seed(variant) for variant in self.content["variants"]}
+        rows: dict[str, list[dict[str, float]]] = {variant: list(runs.values()) for variant, runs in by_seed.items()}
+        for variant, runs in by_seed.items():
+            pairs = [(runs[seed], by_seed[against][seed]) for seed in runs if seed in by_seed.get(against, {})]
+            if variant != against and pairs:
+                rows[f"{variant} - {against}"] = [{name: a[name] - b[name] for name in names} for a, b in pairs]
+        summary = self.content["summary"] = {}
+        lines = ["| | " + " | ".join(names) + " | seeds | spent |", "|" + " --- |" * (len(names) + 3)]
+        for label, runs in rows.items():
+            if not runs:
+                continue
+            difference, n = label not in by_seed, len(runs)
+            summary[label], cells = {"seeds": n}, []
+            for name in names:
+                values = [run[name] for run in runs]
+                spread = statistics.stdev(values) / (n**0.5 if difference else 1) if n > 1 else None
+                summary[label][name] = [round(statistics.mean(values), 2), None if spread is None else round(spread, 2)]
+                cells.append(f"{statistics.mean(values):{'+' if difference else ''}.1f}")
+                cells[-1] += "" if spread is None else f" ± {spread:.1f}"
+            spent_here = [run["spent"] for run in runs if run.get("spent") is not None]
+            cells += [str(n), f"{statistics.mean(spent_here):.1f}" if spent_here else ""]
+            lines.append("| " + " | ".join([label, *cells]) + " |")
+        return lines
+
+    def _by_seed(self, variant: str) -> dict[int, dict[str, float]]:
+        """The figures of a variant's runs."""
+        return {
+            run["seed"]: {**run["accuracy"], "spent": run.get("clean_epochs_spent")}
+            for run in self.runs
+            if run["variant"] == variant
+        }
+
+
+def main() -> int:
+    """Print what is missing, write down what came of a run, or print and write the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("file", type=Path, metavar="FILE.json")
+    p.add_argument("folder", type=Path, metavar="FOLDER")
+    p.add_argument("--todo", action="store_true")
+    p.add_argument("--attack", action="store_true")
+    p.add_argument("--measure", metavar="NAME")
+    args = p.parse_args()
+    comparison = Comparison(args.file, args.folder)
+    if args.attack:
+        print(comparison.attack())
+        return 0
+    if args.measure:
+        comparison.measure(args.measure)
+    comparison.collect()
+    if args.todo:
+        print("".join(f"{line}\n" for line in comparison.todo()), end="")
+        return 0
+    if not comparison.runs:
+        raise ValueError(f"{args.file} has no finished runs: bash scripts/compare_runs.sh {args.file}")
+    table = comparison.table()
+    write_json(args.file, comparison.content)
+    if not args.measure:
+        print("\n".join([*table, f"accuracy in %, {comparison.content['images']} images; figures in {args.file}"]))
+    return 0
+
+
+if __name__ == "__main__":
+    flags.run(main)

@@ -1,0 +1,123 @@
+"""scripts/compare_runs.sh: which runs are missing, what is written down of one, what is compared with what."""
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from evaluation.results import IDENTITY, Results
+from experiment.folder import Experiment
+from models import create_model
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAIN = "--dataset digits --model wrn-10-1-swish --train-subset 16 --batch-size 8 --epochs 1 --scheduler cyclic"
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    """report(content, words...): what the script prints of a file with this content, and what the file holds then."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "compare_runs_report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    file = tmp_path / "compared.json"
+
+    def call(content, *words):
+        file.write_text(json.dumps(content))
+        monkeypatch.setattr(sys, "argv", ["compare_runs_report.py", str(file), str(tmp_path / "runs"), *words])
+        capsys.readouterr()
+        assert script.main() == 0
+        return capsys.readouterr().out, json.loads(file.read_text())
+
+    return call
+
+
+def comparison(**changed):
+    """The content of a file that asks for two searches with two seeds."""
+    content = {"question": "?", "train": TRAIN, "variants": {"one": "--search shared", "two": "--search fast"}}
+    content |= {"seeds": [0, 3], "attack": "custom", "images": 256, "radii": ["4", "8"], "against": "two"}
+    return content | changed
+
+
+def make_run(folder, variant, seed, clean, robust):
+    """An experiment folder with what train.py and eval.py leave of a run."""
+    settings = train.resolve(train.parse([*TRAIN.split(), "--seed", str(seed)]))
+    with Experiment.create(folder, f"{variant}-{seed}", settings, echo=print) as experiment:
+        row = {"epoch": 1, "stage": "dyart", "found": 0.5, "val_clean": 0.25, "val_robust": 0.125, "seconds": 2.0}
+        experiment.append_metrics(row)
+        results = Results(experiment.folder / "autoattack")
+        for eps in ("4/255", "8/255"):
+            record = dict.fromkeys(IDENTITY, 0) | {"eps": int(eps[0]) / 255, "eps_text": eps, "n": 256}
+            record |= {"test_size": 10000, "clean_accuracy": clean, "robust_accuracy": robust, "date": ""}
+            results.finish(record | {"version": "custom", "model": "wrn-10-1-swish"})
+
+
+def test_runs_are_compared_seed_by_seed_and_run_once(report, tmp_path):
+    (tmp_path / "runs").mkdir()
+    todo, content = report(comparison(), "--todo")
+    lines = [line.split() for line in todo.splitlines()]
+    assert [line[0] for line in lines] == ["one-0", "two-0", "one-3", "two-3"]
+    assert lines[2][1:] == [*TRAIN.split(), "--search", "shared", "--seed", "3"]
+    assert report(comparison(), "--attack")[0].split() == [
+        *("--eps", "4", "8", "--n", "256", "--batch-size", "128", "--version", "custom")
+    ]
+    for variant, gain in (("one", 0.0), ("two", 0.0625)):
+        for seed, clean in ((0, 0.5), (3, 0.75)):
+            make_run(tmp_path / "runs", variant, seed, clean, 0.25 + gain * clean)
+            content = report(content, "--measure", f"{variant}-{seed}")[1]
+    assert content["question"] == "?" and len(content["runs"]) == 4
+    run = content["runs"][0]
+    assert run["accuracy"] == {"clean": 50.0, "4/255": 25.0, "8/255": 25.0}
+    assert run["validation"] == [[25.0, 12.5]] and run["training_seconds"] == 2
+    # The fast search of six steps, with half of the images: 5 + 15/2 passes of an image, of a clean step's 3.
+    assert run["clean_epochs_spent"] == pytest.approx(12.5 / 3, abs=0.01)
+
+    table, content = report(content)
+    gains = [-100 * 0.0625 * clean for clean in (0.5, 0.75)]
+    mean, error = statistics.mean(gains), statistics.stdev(gains) / 2**0.5
+    assert content["summary"]["one - two"] == {
+        "seeds": 2,
+        "clean": [0.0, 0.0],
+        **dict.fromkeys(("4/255", "8/255"), [round(mean, 2), round(error, 2)]),
+    }
+    assert f"| one - two | +0.0 ± 0.0 | {mean:+.1f} ± {error:.1f} |" in table
+    assert content["summary"]["one"]["clean"] == [62.5, round(statistics.stdev([50, 75]), 2)]
+    assert report(content, "--todo")[0] == ""
+    assert report(content | {"seeds": [0, 3, 4]}, "--todo")[0].split()[0] == "one-4"
+
+
+def test_margins_are_those_of_the_last_epoch_on_held_out_images(report, tmp_path):
+    content = comparison(attack="margins", images=16, radii=["1", "64"], seeds=[0])
+    flags = [*TRAIN.split(), "--burn-in-epochs", "0", "--validation-size", "8", "--validation-attack-iter", "1"]
+    flags += ["--output-dir", str(tmp_path / "runs"), "--name", "one-0", "--device", "cpu"]
+    assert train.main(flags) == 0
+    assert report(content, "--attack")[0].split() == []
+    (run,) = report(content, "--measure", "one-0")[1]["runs"]
+    accuracies = list(run["accuracy"].values())
+    assert list(run["accuracy"]) == ["clean", "1/255", "64/255"] and accuracies == sorted(accuracies, reverse=True)
+    # 16 images, of which the run itself looked at 8.
+    assert accuracies[0] * 16 % 100 == 0
+
+
+def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_path):
+    torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "a.pt")
+    content = comparison(train=f"{TRAIN} --pretrained {tmp_path}/a.pt")
+    (tmp_path / "runs").mkdir()
+    make_run(tmp_path / "runs", "one", 0, 0.5, 0.25)
+    content = report(content, "--measure", "one-0")[1]
+    assert "seed" not in content["settings"]["one"]
+    torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="one was trained with pretrained_sha256 .*, now .*in a new file"):
+        report(content)
+    content["train"] = TRAIN
+    content["settings"]["one"] = content["settings"]["one"] | {"search_steps": 1, "pretrained_sha256": None}
+    with pytest.raises(ValueError, match="one was trained with search_steps 1, now 2"):
+        report(content, "--todo")
+    with pytest.raises(ValueError, match="variant 'a b' is to be the name of a folder"):
+        report(comparison(variants={"a b": ""}), "--todo")
+    with pytest.raises(ValueError, match="has no finished runs"):
+        report(comparison(variants={"other": ""}, against=None))
