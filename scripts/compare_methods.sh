@@ -4,8 +4,9 @@
 # over seeds; then AutoAttack, and a table and a picture. A run a core at a time; what is finished is not run again, and
 # what was cut goes on.
 #     bash scripts/compare_methods.sh [--budget "8 20 50"] [--seeds "0 1 2"] [--methods "clean at-10 ..."]
-#         [--dataset cifar10] [--model wrn-10-1-swish] [--eps 8] [--n 500] [--folder experiments/compare-methods]
-#         [--output results/compare-methods.json] [--device cpu|cuda] [--train "MORE FLAGS OF train.py"]
+#         [--dataset cifar10] [--model wrn-10-1-swish] [--eps 8] [--n 500] [--leaders-n 1000]
+#         [--folder experiments/compare-methods] [--output results/compare-methods.json]
+#         [--device cpu|cuda] [--train "MORE FLAGS OF train.py"]
 # Writes --folder, --output and a picture beside that. Tens of hours of a core, with the defaults.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

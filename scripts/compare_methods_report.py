@@ -29,8 +29,8 @@ from storage.files import naming, read_json, replacing, write_json
 # Seeds that choose are not among those that are reported.
 TUNING_SEED = 1000
 PARTS = ("tuning", "runs", "leaders")
-# How many methods of each budget are attacked by all of AutoAttack, on how many images.
-LEADERS, LEADERS_N = 3, 1000
+# How many methods of each budget are attacked by all of AutoAttack.
+LEADERS = 3
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default="wrn-10-1-swish", help="as for train.py")
     p.add_argument("--eps", default="8", help="radius of the methods' attacks and of AutoAttack, in 1/255; half also")
     p.add_argument("--n", type=int, default=500, help="images that are attacked")
+    p.add_argument("--leaders-n", type=int, default=1000, help="images that leaders' standard attack takes")
     p.add_argument("--folder", type=Path, default=Path("experiments/compare-methods"), help="of the runs")
     p.add_argument("--output", type=Path, default=Path("results/compare-methods.json"), help="of the figures")
     p.add_argument("--device", default="cpu", help="as for train.py")
@@ -184,9 +185,9 @@ class Comparison:
         """The commands of the missing runs of a part."""
         if part == "leaders":
             return [
-                run.commands("standard", LEADERS_N)
+                run.commands("standard", self.args.leaders_n)
                 for run in self.leaders()
-                if self.figures(run, "standard", LEADERS_N) is None
+                if self.figures(run, "standard", self.args.leaders_n) is None
             ]
         runs = self.runs() if part == "runs" else [run for name in self.args.methods for run in self.tuning(name)]
         return [run.commands("custom", self.args.n) for run in runs if self.figures(run) is None]
@@ -194,10 +195,10 @@ class Comparison:
     def table(self) -> list[dict[str, Any]]:
         """A row for each budget, method and attack: means and standard deviations over the seeds, in %."""
         for run in self.leaders():
-            self.figures(run, "standard", LEADERS_N)
+            self.figures(run, "standard", self.args.leaders_n)
         groups: dict[tuple, list[dict[str, Any]]] = {}
         for run in self.runs():
-            for version, n in (("custom", self.args.n), ("standard", LEADERS_N)):
+            for version, n in (("custom", self.args.n), ("standard", self.args.leaders_n)):
                 figures = self.figures(run, version, n)
                 if figures is not None:
                     groups.setdefault((run.key["budget"], run.key["method"], version, n), []).append(figures)
