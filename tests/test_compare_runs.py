@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import finished_run
 
 import train
-from evaluation.results import IDENTITY, Results
-from experiment.folder import Experiment
 from models import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,21 +42,7 @@ def comparison(**changed):
     return content | changed
 
 
-def make_run(folder, variant, seed, clean, robust):
-    """An experiment folder with what train.py and eval.py leave of a run."""
-    settings = train.resolve(train.parse([*TRAIN.split(), "--seed", str(seed)]))
-    with Experiment.create(folder, f"{variant}-{seed}", settings, echo=print) as experiment:
-        row = {"epoch": 1, "stage": "dyart", "found": 0.5, "val_clean": 0.25, "val_robust": 0.125, "seconds": 2.0}
-        experiment.append_metrics(row)
-        results = Results(experiment.folder / "autoattack")
-        for eps in ("4/255", "8/255"):
-            record = dict.fromkeys(IDENTITY, 0) | {"eps": int(eps[0]) / 255, "eps_text": eps, "n": 256}
-            record |= {"test_size": 10000, "clean_accuracy": clean, "robust_accuracy": robust, "date": ""}
-            results.finish(record | {"version": "custom", "model": "wrn-10-1-swish"})
-
-
 def test_runs_are_compared_seed_by_seed_and_run_once(report, tmp_path):
-    (tmp_path / "runs").mkdir()
     todo, content = report(comparison(), "--todo")
     lines = [line.split() for line in todo.splitlines()]
     assert [line[0] for line in lines] == ["one-0", "two-0", "one-3", "two-3"]
@@ -67,7 +52,9 @@ def test_runs_are_compared_seed_by_seed_and_run_once(report, tmp_path):
     ]
     for variant, gain in (("one", 0.0), ("two", 0.0625)):
         for seed, clean in ((0, 0.5), (3, 0.75)):
-            make_run(tmp_path / "runs", variant, seed, clean, 0.25 + gain * clean)
+            argv = [*TRAIN.split(), "--seed", str(seed)]
+            robust = dict.fromkeys(("4/255", "8/255"), 0.25 + gain * clean)
+            finished_run(tmp_path / "runs" / f"{variant}-{seed}", argv, clean, robust)
             content = report(content, "--measure", f"{variant}-{seed}")[1]
     assert content["question"] == "?" and len(content["runs"]) == 4
     run = content["runs"][0]
@@ -106,8 +93,7 @@ def test_margins_are_those_of_the_last_epoch_on_held_out_images(report, tmp_path
 def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_path):
     torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "a.pt")
     content = comparison(train=f"{TRAIN} --pretrained {tmp_path}/a.pt")
-    (tmp_path / "runs").mkdir()
-    make_run(tmp_path / "runs", "one", 0, 0.5, 0.25)
+    finished_run(tmp_path / "runs" / "one-0", TRAIN.split(), 0.5, {"4/255": 0.25})
     content = report(content, "--measure", "one-0")[1]
     assert "seed" not in content["settings"]["one"]
     torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "a.pt")

@@ -1,0 +1,81 @@
+"""scripts/compare_methods.sh: what is run, what is chosen on held-out images, who leads, and the table."""
+
+import importlib.util
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from runs import finished_run
+
+ROOT = Path(__file__).resolve().parents[1]
+# What the stand-ins for trainings come to, by their flags.
+BY_RATE = {"0.05": 0.2, "0.1": 0.3, "0.2": 0.25}
+BY_LAMBDA = {75: 0.35, 150: 0.3, 300: 0.1}
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, capsys):
+    """report(words...): what the script prints, of two methods at one budget."""
+    spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "compare_methods_report.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    flags = ["--methods", "n-fgsm dyart-short", "--budget", "8", "--seeds", "0 1", "--dataset", "digits", "--n", "32"]
+    flags += ["--leaders-n", "64", "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "methods.json")]
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["compare_methods_report.py", *flags, *words])
+        capsys.readouterr()
+        assert script.main() == 0
+        return capsys.readouterr().out
+
+    return call
+
+
+def finish(line):
+    """Do as if the training and the attack of a line had been run."""
+    words = shlex.split(line)
+    folder, train, attack = words[0], words[1 : words.index("--")], words[words.index("--") + 1 :]
+    given = dict(zip(train[::2], train[1::2], strict=True))
+    robust = BY_RATE[given["--lr"]]
+    if "--lambda-robust" in given:
+        robust *= BY_LAMBDA[float(given["--lambda-robust"])] / 0.3
+    robust += 0.02 * int(given["--seed"]) if given["--seed"] in "01" else 0
+    eps = attack[attack.index("--eps") + 1 : attack.index("--n")]
+    record = {"n": int(attack[attack.index("--n") + 1]), "version": attack[attack.index("--version") + 1]}
+    record["part"] = attack[attack.index("--images") + 1] if "--images" in attack else "test"
+    finished_run(Path(folder), train, 0.5, {f"{radius}/255": robust for radius in eps}, **record)
+
+
+def test_choices_are_made_on_held_out_images_and_runs_follow_them(report, tmp_path):
+    tuning = report("--todo", "tuning").splitlines()
+    assert len(tuning) == 3 + 5 and all("--images validation" in line and "--seed 1000" in line for line in tuning)
+    for line in tuning[:-1]:
+        finish(line)
+    # n-fgsm has chosen; a λ of dyart-short is still to be tried.
+    assert [line.split("--method ")[1].split()[0] for line in report("--todo", "runs").splitlines()] == ["n-fgsm"] * 2
+    assert report("--todo", "tuning").splitlines() == tuning[-1:]
+    finish(tuning[-1])
+
+    runs = report("--todo", "runs").splitlines()
+    assert len(runs) == 4 and all("--images" not in line and "--n 32 --version custom" in line for line in runs)
+    assert all(f"--lr {max(BY_RATE, key=BY_RATE.get)} " in line for line in runs)
+    assert ["--lambda-robust 75" in line for line in runs] == ["dyart-short" in line for line in runs]
+    for line in runs:
+        finish(line)
+    leaders = report("--todo", "leaders").splitlines()
+    assert len(leaders) == 4 and all("--n 64 --version standard" in line for line in leaders)
+    for line in leaders:
+        finish(line)
+    table = report()
+    assert [report("--todo", part) for part in ("tuning", "runs", "leaders")] == ["", "", ""]
+    rows = [line for line in table.splitlines() if "| custom |" in line]
+    assert rows[0].startswith("| 8 | dyart-short | 50.0 ± 0.0 | 36.0 ± 1.4 | 36.0 ± 1.4 | custom | 32 | 2 |")
+    assert rows[1].startswith("| 8 | n-fgsm | 50.0 ± 0.0 | 31.0 ± 1.4 | 31.0 ± 1.4 |")
+    content = json.loads((tmp_path / "methods.json").read_text())
+    assert len(content["runs"]) == 8 + 4 + 4 and len(content["table"]) == 4
+    assert (tmp_path / "methods.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    shutil.rmtree(tmp_path / "runs")  # what is known is not run again
+    assert report() == table
