@@ -123,8 +123,9 @@ def minimum_norm_attack(
         "Linf" or "L2".
     passes : int
         At most so many forward and so many backward passes for each image that is not adversarial from the start, at
-        least 2; the others take one of each, on an accelerator as many as the rest. Of a backward pass for another
-        class at the same point the forward pass is spared: a few of those go into a bisection at the end.
+        least 2; the others take those of the look at x alone (one forward, up to 9 backward), on an accelerator as many
+        as the rest. Of a backward pass for another class at the same point the forward pass is spared: a few of those
+        go into a bisection at the end.
     targeted : bool
         Whether an example is adversarial where it is classified as y, and not where it is classified otherwise. There
         is one boundary then, and all passes go there.
@@ -262,7 +263,9 @@ def _search(
             for field, part in zip(everywhere, nearest, strict=True):
                 field[rows] = part
     found = standing & everywhere.distance.isfinite()
-    return torch.where(found[:, None], everywhere.point, origin).view_as(x), standing, everywhere
+    # Of the shape of x from the start and no view of another, which who gets it may not change in place.
+    points = torch.where(found.view(-1, *[1] * (x.dim() - 1)), everywhere.point.view_as(x), x)
+    return points, standing, everywhere
 
 
 def _walk_to_classes(network: _Network, x: Tensor, standing: Tensor, view: _View, norm: Norm, plan: Plan) -> Nearest:
