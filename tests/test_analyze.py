@@ -14,8 +14,8 @@ from analysis import subject as subject_module
 from analysis.statistics import interval_of
 from analysis.subject import autoattack_points
 from dyart.modes import PRECISIONS
-from evaluation.candidate import load_candidate
-from evaluation.results import Results, sha256
+from evaluation.candidate import load_candidate, sha256
+from evaluation.results import Results
 from experiment import build
 from experiment.checkpoint import load_checkpoint
 from storage.files import write_json
