@@ -79,7 +79,7 @@ def chosen(texts: list[str], norm: str) -> list[tuple[str, int]]:
                 )
             runs += [(match[1], int(steps)) for steps in ([match[2]] if match[2] else ATTACKS[match[1]][2])]
     if any(name not in ("ours", "FAB") for name, _ in runs) and importlib.util.find_spec("adv_lib") is None:
-        raise ValueError("--attacks: adv-lib is not installed; pip install '.[attacks]', or name only: ours FAB")
+        raise ValueError("--attacks: adv-lib is not installed (docs/results.md says how); or name only: ours FAB")
     return runs
 
 

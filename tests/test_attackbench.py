@@ -4,10 +4,12 @@ import inspect
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from analysis.attacks import optimality
 from dyart import attackbench as configs
 from dyart.attackbench import get_dyart_minimum_norm
 from dyart.minimum_norm import plan_of
@@ -116,3 +118,13 @@ def test_within_attackbench(norm):
     forward, backward = plan_of(20, 4).passes()
     # A query is counted for the nearest of the images, which of so small ones is now and then another.
     assert sum(found["num_forwards"]) == 9 * forward + 1 and sum(found["num_backwards"]) == 9 * backward + 4
+
+
+def test_optimality_is_the_one_of_attackbench():
+    """Which counts misclassified images in, at distance 0."""
+    benchmark = pytest.importorskip("attackbench", reason="pip install attackbenchlib==2.0.2")
+    best = np.random.default_rng(0).uniform(0.01, 0.1, 20)
+    distance = best * np.random.default_rng(1).uniform(1, 2, 20)
+    distance[3] = math.inf
+    of_all = [np.r_[np.zeros(12), values] for values in (distance, best)]
+    assert optimality(distance, best) == pytest.approx(benchmark.eval_optimality(*of_all, clean_acc=20 / 32))
