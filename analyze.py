@@ -28,6 +28,7 @@ from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS, has_fast_bfloat16
 from evaluation.candidate import load_part
 from evaluation.environment import versions
+from evaluation.results import Results
 from experiment import flags
 from experiment.build import load_splits
 from experiment.weights import IMAGES_HELP, add_model_flags
@@ -147,7 +148,8 @@ def analyze(args: Any) -> dict[str, Any]:
         write_csv(output / "margins_over_time.csv", over_time)
     figures.margins(output / "margins.png", samples, over_time, norm)
 
-    attacks = autoattack_points(subject.folder, subject.identity, norm, args.images)
+    results = None if subject.folder is None else Results(subject.folder / "autoattack")
+    attacks = autoattack_points(results, subject.identity, norm, args.images)
     radii = np.linspace(0, max([2 * below, *(attack["eps"] for attack in attacks)]), 65).tolist()
     rows = robust_shares(on_test["exact"], on_test["soft"], radii)
     write_csv(output / "robustness.csv", rows)

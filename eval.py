@@ -2,6 +2,7 @@
 
     python eval.py experiments/NAME --eps 2 4 8 --n 1000
     python eval.py weights.pt --model wrn-28-10-swish --dataset cifar10 --eps 8
+    python eval.py experiments/NAME --curve      # instead: robust accuracy at every ε, an upper bound, in minutes
 
 Finished evaluations are records in autoattack.json. What an unfinished one has found is written after every batch, to
 autoattack.unfinished.json: the same command goes on from there, to the same figures as in one go.
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from analysis.curve import lines_of, measure_curve, write_curves
 from data import Split, digest
 from dyart.projection import NORMS
 from evaluation.attack import VERSIONS
@@ -60,6 +62,11 @@ def build_parser() -> flags.Parser:
         default="standard",
         help="custom leaves Square out, few-classes (of 2 or 3) APGD-T",
     )
+    curve = (
+        "instead of AutoAttack, robust accuracy at every ε: an upper bound, from the distances of minimum_norm_attack"
+    )
+    flags.add_switch(g, "--curve", default=False, help=curve)
+    g.add_argument("--passes", type=flags.whole(least=2), default=20, help="an image, for --curve")
     g.add_argument("--batch-size", "--batch_size_for_eval", type=positive, default=250, help="images a batch")
     g.add_argument("--seed", type=flags.whole(), default=0, help="of the attacks' random numbers")
     usual = ["cuda" if torch.cuda.is_available() else "cpu"]
@@ -112,13 +119,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.pop("dry_run"):
         norm = args["norm"] or norm_of(settings_of(Path(targets[0]), args["weights"]))
         texts = [radius.text for radius in radii(args["eps"], norm)]
-        settings = {"target": targets[0], **args, "norm": norm, "eps": texts, "attacks": VERSIONS[args["version"]]}
+        attacks = ["minimum-norm"] if args["curve"] else VERSIONS[args["version"]]
+        settings = {"target": targets[0], **args, "norm": norm, "eps": texts, "attacks": attacks}
         print(yaml.safe_dump(settings, sort_keys=False), end="")
         return 0
 
     devices = [flags.device(name) for name in args["device"]]
     if args["jobs"] < len(devices):
         raise ValueError(f"--jobs {args['jobs']}: fewer than the {len(devices)} devices, of which each takes one")
+    if args["curve"] and args["jobs"] > 1:
+        raise ValueError("--curve: one process on one device; on a CPU it takes all cores")
+    if args["curve"] and args["eps"] is None:
+        args["eps"] = ["paper"]
     make_reproducible()
     output_dir = None if args["output_dir"] is None else Path(args["output_dir"])
     with open_place(Path(targets[0]), args["checkpoint"], output_dir) as (paths, results, log, origin):
@@ -129,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         for test in tests:
             if args["n"] is not None and args["n"] > len(test.labels):
                 raise ValueError(f"--n {args['n']}: the {args['images']} set has {len(test.labels)} images")
-        tasks = []
+        tasks, curves = [], []
         for candidate, norm, test in zip(candidates, norms, tests, strict=True):
             trained = candidate.settings.get("norm") or "Linf"
             if candidate.settings and norm != trained:  # of others' files it is not known
@@ -139,6 +151,12 @@ def main(argv: list[str] | None = None) -> int:
             test, images = leading(test, n)
             what = {"n": n, "images": images, "part": args["images"]}
             what |= {"test_sha256": digest(Split(test.images[:n], test.labels[:n]))}
+            if args["curve"]:
+                what |= {**candidate.identity, **origin, "norm": norm, "passes": args["passes"]}
+                curves.append(measure_curve(candidate.model, test, what, lengths[norm], args["batch_size"], devices[0]))
+                for line in lines_of(curves[-1]):
+                    log(line)
+                continue
             for eps, text in lengths[norm]:
                 attack = {"norm": norm, "eps": eps, "eps_text": text, "version": args["version"], "seed": args["seed"]}
                 identity = {**candidate.identity, **origin, **what, **attack, "batch_size": args["batch_size"]}
@@ -151,6 +169,9 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     results.take_up(known)
                     log(f"{summary(known)}, as evaluated before (--again to do it again)")
+        if curves:
+            log(f"curves in {write_curves(results, curves)}")
+            return 0
         try:
             for record in evaluate_all(tasks, args["jobs"], results, devices, log):
                 log(summary(record))

@@ -54,9 +54,9 @@ def _adv_lib(name: str, **settings: Any) -> Callable[..., Tensor]:
 ATTACKS: dict[str, tuple[Callable[..., Tensor], set[str], list[int]]] = {
     "ours": (_ours, {"Linf", "L2"}, [4, 7, 10, 20, 40, 100, 1000]),
     "FMN": (_adv_lib("fmn", norm="norm"), {"Linf", "L2"}, [10, 20, 50, 100]),
-    "FMN, α 0.3": (_adv_lib("fmn", norm="norm", α_init=0.3), {"Linf", "L2"}, [10, 20, 50, 100]),
+    "FMN, α 0.3": (_adv_lib("fmn", norm="norm", α_init=0.3), {"Linf", "L2"}, [10, 20]),
     "FAB": (_fab, {"Linf", "L2"}, [20, 100]),
-    "PDPGD": (_adv_lib("pdpgd", norm="norm", steps="num_steps"), {"Linf"}, [100]),
+    "PDPGD": (_adv_lib("pdpgd", norm="norm", steps="num_steps"), {"Linf"}, [500]),
     "TR": (_adv_lib("tr", norm="p", steps="iter", adaptive=True), {"Linf", "L2"}, [100]),
     "DDN": (_adv_lib("ddn", levels=None), {"L2"}, [10, 20, 50, 100]),
     "SuperDeepFool": (_adv_lib("sdf"), {"L2"}, [100]),
@@ -79,7 +79,7 @@ def chosen(texts: list[str], norm: str) -> list[tuple[str, int]]:
                 )
             runs += [(match[1], int(steps)) for steps in ([match[2]] if match[2] else ATTACKS[match[1]][2])]
     if any(name not in ("ours", "FAB") for name, _ in runs) and importlib.util.find_spec("adv_lib") is None:
-        raise ValueError("--attacks: adv-lib is not installed; pip install '.[attacks]', or name only: ours FAB")
+        raise ValueError("--attacks: adv-lib is not installed (docs/results.md says how); or name only: ours FAB")
     return runs
 
 
@@ -163,14 +163,14 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return []
     best, rows = np.min(list(distances.values()), axis=0), []
     for (name, steps), distance in distances.items():
-        of, ratio = complete[name, steps], distance / best
-        found, weights = np.isfinite(distance), [len(part["distances"]) for part in of]
+        of, found = complete[name, steps], np.isfinite(distance)
+        ratio, weights = distance[found] / best[found], [len(part["distances"]) for part in of]
         row = {"attack": name, "steps": steps, "images": len(distance), "found": float(found.mean())}
         row |= {key: float(np.average([part[key] for part in of], weights=weights)) for key in ("forward", "backward")}
         row |= {"seconds": sum(part["seconds"] for part in of), "optimality": optimality(distance, best)}
         if found.any():
-            row |= {"mean": float(ratio[found].mean()), "median": float(np.median(ratio[found]))}
-            row |= {"q95": float(np.quantile(ratio[found], 0.95)), "largest": float(ratio[found].max())}
+            row |= {"mean": float(ratio.mean()), "median": float(np.median(ratio))}
+            row |= {"q95": float(np.quantile(ratio, 0.95)), "largest": float(ratio.max())}
         rows.append(row)
     return rows
 

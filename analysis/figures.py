@@ -141,6 +141,35 @@ def margins(path: Path, samples: dict[str, np.ndarray], history: Sequence[dict[s
     _finish(figure, path)
 
 
+def _autoattack(axis: plt.Axes, points: Sequence[dict[str, Any]], scale: Scale):
+    if points:
+        at, share, low, high = (np.array([point[key] for point in points]) for key in ("eps", "share", "low", "high"))
+        style = {"color": VERMILLION, "marker": "D", "linestyle": "none", "capsize": 3}
+        errors = 100 * np.maximum([share - low, high - share], 0)
+        axis.errorbar(at * scale.factor, 100 * share, errors, label="AutoAttack, 95 % interval", **style)
+
+
+def curves(path: Path, subjects: Sequence[dict[str, Any]]):
+    """A panel for each checkpoint: robust accuracy over ε from minimum-norm distances, beside AutoAttack's.
+
+    subjects: `title`, `norm`, `rows` of eps and robust_accuracy, `autoattack` points, `end` of the axis of ε.
+    """
+    figure, axes = plt.subplots(
+        1, len(subjects), figsize=(5.2 * len(subjects), 4), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, subject in zip(axes[0], subjects, strict=True):
+        scale = SCALES[subject["norm"]]
+        eps, share = (np.array([row[key] for row in subject["rows"]]) for key in ("eps", "robust_accuracy"))
+        label = "upper bound, from minimum-norm distances"
+        axis.step(eps * scale.factor, 100 * share, where="post", color=BLUE, linewidth=1.8, label=label)
+        _autoattack(axis, subject["autoattack"], scale)
+        axis.set(ylim=(0, 100), xlim=(0, subject["end"] * scale.factor), title=subject["title"])
+        axis.set_xlabel(f"perturbation ε ({scale.unit})")
+    axes[0, 0].set_ylabel("robust accuracy (%)")
+    axes[0, 0].legend(frameon=False)
+    _finish(figure, path)
+
+
 def robustness(path: Path, rows: Sequence[dict[str, Any]], attacks: Sequence[dict[str, Any]], norm: str):
     """Share of test images with R > ε over ε, for the exact and the soft boundary, beside AutoAttack."""
     scale = SCALES[norm]
@@ -151,13 +180,7 @@ def robustness(path: Path, rows: Sequence[dict[str, Any]], attacks: Sequence[dic
         ("soft", GREEN, "--", "soft margin R_β > ε"),
     ):
         axis.plot(eps, [100 * row[key] for row in rows], color=colour, linestyle=line, linewidth=1.8, label=label)
-    if attacks:
-        at, share, low, high = (
-            np.array([attack[key] for attack in attacks]) for key in ("eps", "share", "low", "high")
-        )
-        style = {"color": VERMILLION, "marker": "D", "linestyle": "none", "capsize": 3}
-        errors = 100 * np.maximum([share - low, high - share], 0)
-        axis.errorbar(at * scale.factor, 100 * share, errors, label="AutoAttack, 95 % interval", **style)
+    _autoattack(axis, attacks, scale)
     axis.set_ylim(0, 100)
     axis.set_xlim(left=0)
     axis.set_xlabel(f"perturbation ε ({scale.unit})")

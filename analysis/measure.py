@@ -136,20 +136,22 @@ def measure(
 
 
 def find(model: nn.Module, x: Tensor, y: Tensor, search: Search, start: Tensor | None = None) -> Boundary:
-    """The boundary points of a batch, of the class whose boundary is nearest; or those next to a start.
+    """The boundary points of a batch: of the exact boundary those of the nearest class; or those next to a start.
 
     A search of k steps has k + 1 passes. Correct examples for which it finds nothing are searched for longer.
     """
-    kind = {"norm": search.norm, "temperature": search.temperature}
-    if start is None:
-        boundary = closest_boundary(model, x, y, passes=search.steps + 1, **kind)
-    else:
-        boundary = find_boundary(model, x, y, steps=search.steps, start=start, **kind)
+
+    def search_for(x: Tensor, y: Tensor, steps: int, start: Tensor | None) -> Boundary:
+        if start is None and math.isinf(search.temperature):
+            return closest_boundary(model, x, y, norm=search.norm, passes=steps + 1)
+        kind = {"norm": search.norm, "temperature": search.temperature}
+        return find_boundary(model, x, y, steps=steps, start=start, **kind)
+
+    boundary = search_for(x, y, search.steps, start)
     missed = ((boundary.value > CORRECT_ABOVE) & ~boundary.found).nonzero()[:, 0]
     if len(missed) == 0:
         return boundary
-    longer = closest_boundary(model, x[missed], y[missed], passes=LONGER * (search.steps + 1), **kind)
-    return replaced(boundary, missed, longer)
+    return replaced(boundary, missed, search_for(x[missed], y[missed], LONGER * (search.steps + 1) - 1, None))
 
 
 def replaced(boundary: Boundary, rows: Tensor, others: Boundary) -> Boundary:

@@ -88,11 +88,11 @@ def epoch_of(state: Mapping[str, Any]) -> int:
 
 
 def autoattack_points(
-    folder: Path | None, identity: Mapping[str, Any], norm: str, part: str = "test"
+    results: Results | None, identity: Mapping[str, Any], norm: str, part: str = "test"
 ) -> list[dict[str, float]]:
-    """Robust accuracy from the folder's autoattack.json, of the same weights and part under the same norm, by ε."""
+    """Robust accuracy from a folder's autoattack.json, of the same weights and part under the same norm, by ε."""
     points = []
-    for record in [] if folder is None else Results(folder / "autoattack").current:
+    for record in [] if results is None else results.current:
         same = all(record[key] == identity[key] for key in ("sha256", "weights"))
         if same and record["norm"] == norm and record.get("part", "test") == part:
             share = record["robust_accuracy"]

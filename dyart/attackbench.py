@@ -1,34 +1,41 @@
-"""The minimum-norm attack as AttackBench (Cinà et al., 2025) wants an attack: a named configuration and its getter.
+"""The minimum-norm attack as AttackBench (Cinà et al., 2025) wants an attack: its configurations and their getter.
 
-AttackBench calls what the getter returns with a model that counts its own passes and remembers the best example of a
-batch that it has been shown, (model, inputs, labels, targets, targeted), and takes adversarial inputs in [0, 1] back.
-docs/extending.md says where the two are entered there.
+What the getter returns goes into `attackbench.run_attack` of attackbenchlib 2.0.2 as it is. This module is also one
+that its registry can list beside those of other libraries, by `_prefix`, `_wrapper` and the names of these functions:
+docs/extending.md says how.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from dyart.minimum_norm import minimum_norm_attack
 
-NORMS = {float("inf"): "Linf", 2.0: "L2"}
+NORMS = {"linf": "Linf", "l2": "L2"}
+_prefix = "dyart"
 
 
-def dyart_minimum_norm() -> None:
-    """The configuration: Sacred reads a function's local names as the options of an attack."""
-    name = "minimum_norm"  # noqa: F841
-    source = "dyart"  # noqa: F841
-    threat_model = "linf"  # noqa: F841
-    norm = float("inf")  # noqa: F841
-    passes = 100  # noqa: F841
+def dyart_minimum_norm() -> dict[str, Any]:
+    """The configuration for l_inf."""
+    return {"name": "minimum_norm", "source": "dyart", "threat_model": "linf", "passes": 100}
 
 
-def get_dyart_minimum_norm(norm: float, passes: int) -> Callable[..., Tensor]:
-    """The attack of a configuration; `norm` is inf or 2. Raises ValueError for another."""
-    if float(norm) not in NORMS:
-        raise ValueError(f"norm must be inf or 2, got {norm}")
-    return partial(_attack, norm=NORMS[float(norm)], passes=passes)
+def dyart_minimum_norm_l2() -> dict[str, Any]:
+    """The configuration for l2."""
+    return dyart_minimum_norm() | {"threat_model": "l2"}
+
+
+def get_dyart_minimum_norm(threat_model: str, passes: int) -> Callable[..., Tensor]:
+    """The attack of a configuration, (model, inputs, labels, targets, targeted) to adversarial inputs in [0, 1].
+
+    threat_model: "linf" or "l2". Raises ValueError for another. passes: as for `minimum_norm_attack`; of AttackBench's
+    2,000 forward and backward passes 1,000 are within the budget.
+    """
+    if threat_model not in NORMS:
+        raise ValueError(f"threat_model must be linf or l2, got {threat_model}")
+    return partial(_attack, threat_model=threat_model, passes=passes)
 
 
 def _attack(
@@ -38,8 +45,19 @@ def _attack(
     targets: Tensor | None = None,
     targeted: bool = False,
     *,
-    norm: str,
+    threat_model: str,
     passes: int,
 ) -> Tensor:
     goal = targets if targeted else labels
-    return minimum_norm_attack(model, inputs, goal, norm=norm, passes=passes, targeted=targeted).x
+    return minimum_norm_attack(model, inputs, goal, norm=NORMS[threat_model], passes=passes, targeted=targeted).x
+
+
+def _wrapper(
+    model: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    attack: Callable[..., Tensor],
+    targets: Tensor | None = None,
+    targeted: bool = False,
+) -> Tensor:
+    return attack(model, inputs, labels, targets, targeted)

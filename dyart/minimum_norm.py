@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dyart.margin import Boundary, check_batch, logit_margin, soft_logit_margin
+from dyart.margin import Boundary, check_batch, logit_margin
 from dyart.modes import frozen
 from dyart.projection import Norm, has_fixed_shapes, lookup_norm
 from dyart.search import CORRECT_ABOVE, OVERSHOOT, WARM_WEIGHT, Nearest, Walk, tiny, walk
@@ -123,8 +123,9 @@ def minimum_norm_attack(
         "Linf" or "L2".
     passes : int
         At most so many forward and so many backward passes for each image that is not adversarial from the start, at
-        least 2; the others take one of each, on an accelerator as many as the rest. Of a backward pass for another
-        class at the same point the forward pass is spared: a few of those go into a bisection at the end.
+        least 2; the others take those of the look at x alone (one forward, up to 9 backward), on an accelerator as many
+        as the rest. Of a backward pass for another class at the same point the forward pass is spared: a few of those
+        go into a bisection at the end.
     targeted : bool
         Whether an example is adversarial where it is classified as y, and not where it is classified otherwise. There
         is one boundary then, and all passes go there.
@@ -144,30 +145,36 @@ def minimum_norm_attack(
     Source: the search is that of `find_boundary`; to compare linearized distances of classes is DeepFool's
     (Moosavi-Dezfooli et al., 2016) and FAB's (Croce & Hein, 2020), who do so at every step.
     """
-    network = _Network(model, x.shape[1:], y, math.inf, targeted, HAIR)
+    network = _Network(model, x.shape[1:], y, targeted, HAIR)
     adversarial, standing, nearest = _search(network, x, norm, passes)
     distance = torch.where(standing, nearest.distance, 0)
     return MinimumNorm(adversarial, distance.isfinite(), distance)
 
 
-def closest_boundary(
-    model: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    *,
-    norm: str = "Linf",
-    temperature: float = math.inf,
-    passes: int = 20,
-) -> Boundary:
-    """Boundary points as from `find_boundary`, of the class whose boundary is nearest: to measure margins with.
+def closest_boundary(model: nn.Module, x: Tensor, labels: Tensor, *, norm: str = "Linf", passes: int = 20) -> Boundary:
+    """Points of the exact boundary as from `find_boundary`, of the class that is nearest: to measure margins with.
 
-    Arguments and result are as there; `passes` as in `minimum_norm_attack`, without its bisection.
+    Arguments and result are as there, but `grad` is 0 where the example is misclassified; `passes` as in
+    `minimum_norm_attack`, without its bisection, and one forward pass more, which tells the misclassified ones. Those
+    take no other, but on an accelerator.
     """
-    network = _Network(model, x.shape[1:], labels, temperature, False, 0.0)
-    points, standing, nearest = _search(network, x, norm, passes, bisect=False)
+    check_batch(x, labels)
+    network = _Network(model, x.shape[1:], labels, False, 0.0)
+    points, value = x.detach().clone(), x.new_zeros(len(x))
+    rows: slice | Tensor = slice(None)
+    if len(x) and not has_fixed_shapes(x):
+        with frozen(model), torch.no_grad():
+            value = network.margin(network.logits(points))
+        rows = (value > CORRECT_ABOVE).nonzero()[:, 0]
+    boundary = Boundary(points, value > math.inf, torch.zeros_like(value), value, torch.zeros_like(points))
+    network = network._replace(y=labels[rows])
+    points, standing, nearest = _search(network, boundary.x[rows], norm, passes, bisect=False)
     found = standing & nearest.distance.isfinite()
     margin = torch.where(found, nearest.distance, 0)
-    return Boundary(points, found, margin, nearest.value, nearest.grad.view_as(x))
+    parts = points, found, margin, nearest.value, nearest.grad.view_as(points)
+    for field, part in zip(boundary, parts, strict=True):
+        field[rows] = part.to(field)
+    return boundary
 
 
 class _View(NamedTuple):
@@ -195,7 +202,6 @@ class _Network(NamedTuple):
     model: nn.Module
     shape: torch.Size
     y: Tensor
-    temperature: float
     targeted: bool
     hair: float
 
@@ -206,7 +212,7 @@ class _Network(NamedTuple):
     def margin(self, logits: Tensor) -> Tensor:
         if self.targeted:
             return self.hair - logit_margin(logits, self.y)
-        return self.hair + soft_logit_margin(logits, self.y, self.temperature)
+        return self.hair + logit_margin(logits, self.y)
 
     def linearize(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Φ (n,) and its gradient (n, d) at points (n, d)."""
@@ -262,7 +268,9 @@ def _search(
             for field, part in zip(everywhere, nearest, strict=True):
                 field[rows] = part
     found = standing & everywhere.distance.isfinite()
-    return torch.where(found[:, None], everywhere.point, origin).view_as(x), standing, everywhere
+    # Of the shape of x from the start and no view of another, which who gets it may not change in place.
+    points = torch.where(found.view(-1, *[1] * (x.dim() - 1)), everywhere.point.view_as(x), x)
+    return points, standing, everywhere
 
 
 def _walk_to_classes(network: _Network, x: Tensor, standing: Tensor, view: _View, norm: Norm, plan: Plan) -> Nearest:

@@ -15,6 +15,7 @@ from analysis.statistics import interval_of
 from analysis.subject import autoattack_points
 from dyart.modes import PRECISIONS
 from evaluation.candidate import load_candidate, sha256
+from evaluation.results import Results
 from experiment import build
 from experiment.checkpoint import load_checkpoint
 from storage.files import write_json
@@ -147,10 +148,11 @@ def test_robust_share_starts_at_accuracy_and_falls(analysed, folder):
 
 def test_autoattack_is_that_of_the_same_weights_and_norm(analysed, folder):
     identity = load_candidate(folder / "best.pt").identity
-    (point,) = autoattack_points(folder, identity, "Linf")
+    results = Results(folder / "autoattack")
+    (point,) = autoattack_points(results, identity, "Linf")
     assert point["eps"] == pytest.approx(2 / 255)
     assert (point["low"], point["high"]) == interval_of(10, 20)
-    assert autoattack_points(folder, identity, "L2") == []
+    assert autoattack_points(results, identity, "L2") == []
     assert autoattack_points(None, identity, "Linf") == []
 
 

@@ -29,7 +29,7 @@ MAX_README_LINES = 150
 # What a run, a release or the reader has, and not this repository. In capitals stand words for the reader's own.
 NOT_HERE = {"args.yaml", "train.log", "eval.log", "metrics.csv", "autoattack.json", "figures/", "experiments/"}
 NOT_HERE |= {"latest.pt", "previous.pt", "best.pt", "burn_in.pt", "epoch_0010.pt", "out.pt", ".npz", ".venv"}
-NOT_HERE |= {"nets.py", "out.safetensors", "tensorboard/"}
+NOT_HERE |= {"nets.py", "out.safetensors", "tensorboard/", "curve.png", "curve.csv", "curve.json"}
 A_PATH = re.compile(r"[\w.-]+/[\w./-]*|[\w./-]*\.(?:py|sh|md|json|png|csv|toml|yml|yaml|txt|npz|pt|log)")
 A_FLAG = re.compile(r"--\w|-\w$|-\w ")
 

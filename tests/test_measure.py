@@ -51,6 +51,17 @@ def test_examples_that_a_search_misses_are_searched_for_longer(monkeypatch):
     torch.testing.assert_close(boundary.margin, expected.margin, rtol=0.05, atol=0)
 
 
+def test_soft_margins_are_those_of_the_soft_boundary():
+    """It is no class's: the search along the gradient of the soft logit margin finds it, as it did before."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(12, 5)).double(), torch.rand(8, 3, 2, 2).double()
+    y = model(x).argmax(1)
+    found = measure_module.find(model, x, y, Search("Linf", 5.0, 6, 8))
+    expected = measure_module.find_boundary(model, x, y, temperature=5.0, steps=6)
+    for field, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(field, other)
+
+
 def test_parallel_results_are_in_order_and_errors_come_through():
     cpu = torch.device("cpu")
     assert list(measure_module.in_parallel(lambda item: item**2, range(20), cpu)) == [item**2 for item in range(20)]

@@ -78,6 +78,9 @@ def test_misclassified_images_are_returned_unchanged():
     found = minimum_norm_attack(model, x, y)
     assert torch.equal(found.x[::2], x[::2]) and (found.distance[::2] == 0).all() and found.found.all()
     assert (found.distance[1::2] > 0).all()
+    found.x.detach_().add_(1)  # its own, and no view
+    assert x.max() < 1
+    found = minimum_norm_attack(model, x, y)
     alone = minimum_norm_attack(model, x[1:2], y[1:2])
     torch.testing.assert_close(alone.x, found.x[1:2])
 
@@ -188,9 +191,35 @@ def test_what_is_found_is_pulled_back_to_the_boundary():
     assert (beyond > HAIR * 0.999).all() and (beyond < 1e-2).all()
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_points_to_measure_cost_the_misclassified_a_forward_pass(fixed, monkeypatch):
+    model, x = linear(), images()
+    y = model(x).argmax(1)
+    y[::2] = (y[::2] + 1) % 5
+    forward, backward = [], []
+    model.register_forward_pre_hook(lambda _, inputs: forward.append(len(inputs[0])))
+    model.register_full_backward_hook(lambda _, __, outputs: backward.append(len(outputs[0])))
+    monkeypatch.setattr(module, "has_fixed_shapes", lambda x: fixed)
+    boundary = closest_boundary(model, x, y, passes=10)
+    plan = plan_of(10, 4)
+    if not fixed:
+        assert forward == [24] + [12] * (plan.passes()[0] - plan.bisections) and backward == [12] * 10
+    assert boundary.found.tolist() == [False, True] * 12
+    assert (
+        torch.equal(boundary.x[::2], x[::2]) and (boundary.margin[::2] == 0).all() and (boundary.value[::2] < 0).all()
+    )
+    logits = model(boundary.x)
+    value = logits.gather(1, y[:, None])[:, 0] - logits.scatter(1, y[:, None], -math.inf).amax(1)
+    torch.testing.assert_close(boundary.value, value)
+    expected = class_distances(model, x, y, "Linf").amin(1)
+    torch.testing.assert_close(boundary.margin[1::2], expected[1::2], rtol=0.05, atol=1e-4)
+
+
 def test_an_empty_batch():
     found = minimum_norm_attack(linear(), images()[:0], torch.zeros(0, dtype=torch.int64))
     assert found.x.shape == (0, 1, 3, 4) and found.found.shape == found.distance.shape == (0,)
+    boundary = closest_boundary(linear(), images()[:0], torch.zeros(0, dtype=torch.int64))
+    assert boundary.x.shape == boundary.grad.shape == (0, 1, 3, 4) and boundary.margin.shape == (0,)
 
 
 @pytest.mark.parametrize(
