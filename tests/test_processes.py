@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import exit_status, fork_company
+from children import exit_status, fork, fork_company
 from company import SmallNet, largest_difference, said, small, train_script, train_together
 from runs import contents, differences, files, refusal, run_training, tiny
 
@@ -191,6 +191,23 @@ def test_an_environment_that_makes_no_company_is_refused(
     assert "WORLD_SIZE 2 and RANK do not go together" in refusal(capsys, "--dataset", "digits")
 
 
+def test_a_process_that_does_not_find_the_others_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 finds where they meet, and then rank 0 is gone."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection was likely closed")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes.dist, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(processes.dist, "init_process_group", gone)
+    assert exit_status(fork(lambda: train_script(small(tmp_path)), tmp_path / "said.txt")) == 2
+    (line,) = (tmp_path / "said.txt").read_text().splitlines()
+    assert line.endswith("error: rank 1 does not find the 2 processes of the run: Connection was likely closed")
+
+
 # --- One voice --------------------------------------------------------------------------------------------------------
 
 
@@ -212,12 +229,20 @@ def test_bad_input_is_refused_in_one_line_by_all(flags: list[str], words: str, t
 
 
 def test_what_is_wrong_with_one_is_said_with_its_rank_and_ends_all(tmp_path: Path) -> None:
+    """Also where one of them is late to ask: rank 0, who has the answer, waits for it."""
+
     def damage(rank: int) -> None:
         def no_data(*_: object) -> None:
             raise ValueError("the disk of this machine is empty")
 
+        def late(*args: Any, what_happened: Callable = Processes._what_happened) -> Exception:
+            time.sleep(0.5)
+            return what_happened(*args)
+
         if rank == 2:
             build.load_data = no_data
+        if rank == 1:
+            Processes._what_happened = late
 
     assert train_together(3, small(tmp_path / "out"), tmp_path / "said", damage) == [2, 2, 2]
     (line,) = "".join(said(tmp_path / "said")).strip().splitlines()
