@@ -5,6 +5,7 @@ Real processes over gloo on this machine. With DYART_LARGE_TESTS=1: every method
 
 import contextlib
 import copy
+import logging
 import math
 import os
 import random
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from children import exit_status, fork, fork_company
+from children import exit_status, fork, fork_company, kill
 from company import SmallNet, largest_difference, said, small, train_script, train_together
 from runs import contents, differences, files, refusal, run_training, tiny
 
@@ -29,7 +30,8 @@ import models
 import train
 from data import Split, load_data, loader
 from dyart.losses import LOSSES
-from experiment import build, processes, validation
+from experiment import build, processes, state, validation
+from experiment import folder as folder_module
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
 from experiment.processes import Processes
@@ -269,6 +271,57 @@ def test_two_runs_of_several_processes_never_share_a_folder(tmp_path: Path) -> N
             (line,) = "".join(said(tmp_path / "second")).strip().splitlines()
             assert f"{tmp_path / 'run'} is in use: process {os.getpid()}" in line
         assert files(tmp_path / "run") == before
+
+
+@contextlib.contextmanager
+def held_on_another_machine(folder: Path) -> Iterator[int]:
+    """The folder's lock, held by a process (its number) that says it is on node7; until it is killed."""
+
+    def hold() -> None:
+        socket.gethostname = lambda: "node7"
+        with Experiment.open(folder, lock="train"):
+            (folder.parent / "held").touch()
+            signal.pause()
+
+    pid = fork(hold)
+    while not (folder.parent / "held").exists():
+        time.sleep(0.01)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            kill(pid)
+
+
+def test_if_exists_resume_waits_for_the_lock_of_a_machine_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes it when that has ended, not before; started by hand, or where it does not end, it is refused."""
+    monkeypatch.setattr(folder_module, "POLL", 0.02)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+    argv = small(tmp_path, "--method", "clean", "--epochs", "1", "--scheduler", "constant", "--if-exists", "resume")
+    assert train_together(1, argv, tmp_path / "said") == [0]
+    with held_on_another_machine(tmp_path / "run") as pid:
+        before = files(tmp_path / "run")
+        refused = f"{tmp_path / 'run'} is in use: process {pid} on node7 has it for train"
+        waiting = f"{refused}; waiting {{}} minutes at most, in case that machine is lost"
+        by_hand = ["--resume", str(tmp_path / "run"), "--epochs", "2"]
+        monkeypatch.setattr(state, "LEASE", 0.06)
+        for flags, expected in ((by_hand, []), (argv, [waiting.format(0.001)])):
+            assert train_together(2, flags, tmp_path / "said") == [2, 2]
+            *lines, last = "".join(said(tmp_path / "said")).strip().splitlines()
+            assert last.endswith(f"error: {refused}, or that machine is lost and its lock has not ended yet")
+            assert lines == expected and files(tmp_path / "run") == before
+
+        monkeypatch.setattr(state, "LEASE", 60.0)
+        outputs = tmp_path / "waiting"
+        company = fork_company(2, lambda rank: train_script(argv), outputs)
+        while not said(outputs)[0]:
+            time.sleep(0.01)
+        assert said(outputs)[0].strip() == waiting.format(1) and files(tmp_path / "run") == before
+        kill(pid)
+        assert statuses_within(30, company) == [0, 0]
+    assert "nothing left to do, all 1 epochs are finished" in said(outputs)[0]
 
 
 # --- A run that survives ----------------------------------------------------------------------------------------------
