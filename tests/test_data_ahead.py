@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from children import exit_status, fork
-from runs import contents, differences, refusal, run_training, tiny
+from runs import contents, differences, refusal, run_training, tiny, write_generated
 from test_data_loader import ListedAuxiliary, random_split
 
 import train
@@ -187,12 +187,6 @@ def test_ctrl_c_ends_a_process_whose_disk_answers_no_more():
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------
-
-
-def write_generated(path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
-    np.savez(path, image=images, label=rng.integers(10, size=30))
 
 
 def flags_with(path: Path) -> list[str]:
