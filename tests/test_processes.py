@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -114,6 +115,48 @@ def test_in_float32_the_order_of_sums_is_all_that_differs(method: str, tmp_path:
     for size in (1, 2, 3, 4) if LARGE else (1, 4):
         assert train_together(size, small(tmp_path / str(size), *flags), tmp_path / str(size)) == [0] * size
         assert largest_difference(tmp_path / str(size) / "run", tmp_path / "1" / "run") < 1e-3
+
+
+@pytest.mark.skipif(not LARGE, reason="a minute of training for a figure of docs/clusters.md")
+def test_in_float32_processes_are_no_further_apart_than_the_last_bit_of_the_weights(tmp_path: Path) -> None:
+    """AT takes signs of gradients, which the last bit of a sum can turn; that tells in some runs, however they sum."""
+
+    def change_last_bit(rank: int) -> None:
+        def changed(settings: dict[str, Any], build_model: Callable = train.build_model) -> torch.nn.Module:
+            model = build_model(settings)
+            for parameter in model.parameters():
+                parameter.data = torch.nextafter(parameter.data, torch.tensor(torch.inf))
+            return model
+
+        train.build_model = changed
+
+    apart: dict[str, list[float]] = {"two processes": [], "the last bit": []}
+    for seed in map(str, range(5)):
+        flags = [*flags_of("at", tmp_path), "--seed", seed]
+        for name, size, before in (("one", 1, None), ("two processes", 2, None), ("the last bit", 1, change_last_bit)):
+            root = tmp_path / seed / name
+            assert train_together(size, small(root, *flags), tmp_path / "said", before) == [0] * size
+            if name in apart:
+                apart[name].append(largest_difference(root / "run", tmp_path / seed / "one" / "run"))
+    print(apart)
+    assert statistics.median(apart["two processes"]) <= statistics.median(apart["the last bit"])
+
+
+def test_the_sum_of_a_step_is_one(tmp_path: Path) -> None:
+    """Gradients, statistics, loss, metrics and wishes go in it, whatever the method searches before."""
+
+    def count(rank: int) -> None:
+        def counted(run: Any, *args: Any, train_step: Callable = train.train_step) -> None:
+            before = run.processes._sums
+            train_step(run, *args)
+            sums.append(run.processes._sums - before)
+            (tmp_path / f"{rank}.txt").write_text(str(sums))
+
+        sums: list[int] = []
+        train.train_step = counted
+
+    assert train_together(2, small(tmp_path), tmp_path / "said", count) == [0, 0]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [str([1] * 6)] * 2
 
 
 def test_the_log_is_that_of_one_process(tmp_path: Path) -> None:
@@ -412,10 +455,11 @@ def at_step(step: int, action: Callable[[int], None]) -> Callable[[int], None]:
     return prepare
 
 
-def test_a_killed_process_is_named(tmp_path: Path) -> None:
-    action = at_step(3, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
+def test_a_killed_process_is_named_by_the_others_which_end_by_themselves(tmp_path: Path) -> None:
+    prepare = at_step(3, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
     argv = small(tmp_path, "--method", "clean")
-    assert train_together(3, argv, tmp_path / "said", action) == [1, -signal.SIGKILL, 1]
+    pids = fork_company(3, lambda rank: prepare(rank) or train_script(argv), tmp_path / "said")
+    assert statuses_within(30, pids) == [1, -signal.SIGKILL, 1]
     assert "stopped: rank 1 of 3 processes is gone" in (tmp_path / "run" / "train.log").read_text()
     assert said(tmp_path / "said")[2] == ""
 
@@ -425,11 +469,7 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(hanging: int, tmp_path: 
     prepare = at_step(2, lambda rank: os.kill(os.getpid(), signal.SIGSTOP) if rank == hanging else None)
     argv = small(tmp_path, "--method", "clean", "--process-timeout-minutes", "0.03")
 
-    def body(rank: int) -> int:
-        prepare(rank)
-        return train_script(argv)
-
-    pids = fork_company(3, body, tmp_path / "said")
+    pids = fork_company(3, lambda rank: prepare(rank) or train_script(argv), tmp_path / "said")
     stopped = pids.pop(hanging)
     try:
         assert statuses_within(30, pids) == [1, 1]
@@ -443,15 +483,39 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(hanging: int, tmp_path: 
         assert line in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a clean run of three processes that nothing disturbs ends with."""
+    root = tmp_path_factory.mktemp("whole")
+    assert train_together(3, small(root, "--method", "clean"), root) == [0] * 3
+    return contents(root / "run")
+
+
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, [1]), (signal.SIGUSR1, [0]), (signal.SIGTERM, [0, 1, 2])])
-def test_a_signal_to_any_or_all_stops_all_after_the_same_step(number: int, to: list[int], tmp_path: Path) -> None:
+def test_a_signal_to_any_or_all_stops_all_after_the_same_step(
+    number: int, to: list[int], tmp_path: Path, whole: dict[str, Any]
+) -> None:
     action = at_step(2, lambda rank: os.kill(os.getpid(), number) if rank in to else None)
     argv = small(tmp_path, "--method", "clean")
     assert train_together(3, argv, tmp_path / "said", action) == [128 + number] * 3
     assert load_checkpoint(tmp_path / "run" / "latest.pt")["progress"]["step"] == 2
     assert f"stopped by {signal.Signals(number).name}; go on with" in (tmp_path / "run" / "train.log").read_text()
     assert train_together(3, ["--resume", str(tmp_path / "run")], tmp_path / "said") == [0] * 3
-    assert train_together(3, small(tmp_path / "whole", "--method", "clean"), tmp_path / "said") == [0] * 3
+    assert not differences(contents(tmp_path / "run"), whole)
+
+
+def test_generated_data_that_changes_while_several_train_ends_all_in_one_line(tmp_path: Path) -> None:
+    """And with the file as it was the run goes on, bit for bit."""
+    write_generated(path := tmp_path / "x.npz")
+    content = path.read_bytes()
+    flags = ["--method", "clean", "--aux-data-filename", str(path), "--checkpoint-minutes", "1e-9"]
+    assert train_together(2, small(tmp_path / "whole", *flags), tmp_path / "said") == [0, 0]
+    truncate = at_step(2, lambda rank: os.truncate(path, 20_000) if rank else None)
+    assert train_together(2, small(tmp_path, *flags), tmp_path / "said", truncate) == [2, 2]
+    (line,) = (line for line in "".join(said(tmp_path / "said")).splitlines() if "error" in line)
+    assert re.search(f"error: (rank 1: )?{path}.* (no longer holds image|was replaced or changed)", line)
+    path.write_bytes(content)
+    assert train_together(2, ["--resume", str(tmp_path / "run")], tmp_path / "said") == [0, 0]
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
 
 
