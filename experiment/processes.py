@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -92,7 +93,8 @@ class Processes(contextlib.AbstractContextManager):
         if on_gpu:
             torch.cuda.set_device(self._local_rank() % torch.cuda.device_count())
         try:
-            self._store, *_ = next(iter(dist.rendezvous("env://", timeout=self._timeout)))
+            store, *_ = next(iter(dist.rendezvous("env://", timeout=self._timeout)))
+            self._store = dist.PrefixStore(self._name_of_this_start(store), store)
             kind = {"store": self._store, "rank": self.rank, "world_size": self.size}
             # Our own time limit comes before the library's, which ends a process in a page of its own.
             dist.init_process_group(backend, **kind, timeout=self._timeout + timedelta(minutes=1))
@@ -101,6 +103,32 @@ class Processes(contextlib.AbstractContextManager):
             self._speak()
             what = f"rank {self.rank} does not find the {self.size} processes of the run"
             raise ValueError(f"{what}: {one_line(error, 200)}") from None
+
+    def _name_of_this_start(self, store: Any) -> str:
+        """A new name that all processes agree on, below which they talk. Raises RuntimeError where they do not come.
+
+        torchrun may keep one store for all its restarts, where the words of before, and gloo's addresses, still stand;
+        and its count of restarts differs between machines (https://github.com/pytorch/pytorch/issues/135712). So each
+        process shows a number of its own, new at each start, and rank 0 says which it has seen: a process that finds
+        its number there has found the rank 0 of this start.
+        """
+        ours = uuid.uuid4().hex
+        until = time.monotonic() + self._timeout.total_seconds()
+        if self.rank:
+            store.set(f"here/{self.rank}", ours)
+        while time.monotonic() < until:
+            if self.rank:
+                name, *seen = store.get("start").decode().split()
+                if ours in seen:
+                    store.set(f"{name}/{self.rank}", "")
+                    return name
+            else:
+                here = [f"here/{rank}" for rank in self._others]
+                store.set("start", " ".join([ours, *(store.get(key).decode() for key in here if store.check([key]))]))
+                if all(store.check([f"{ours}/{rank}"]) for rank in self._others):
+                    return ours
+            time.sleep(0.02)
+        raise RuntimeError(f"not in {self._timeout.total_seconds() / 60:g} minutes (--process-timeout-minutes)")
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is not None:

@@ -27,6 +27,7 @@ import torch
 from children import exit_status, fork, fork_company, kill
 from company import SmallNet, largest_difference, said, small, train_script, train_together
 from runs import contents, differences, files, refusal, run_training, tiny, write_generated
+from torch.distributed import run as torchrun
 
 import eval as eval_script
 import models
@@ -260,6 +261,7 @@ def test_a_process_that_does_not_find_the_others_ends_in_one_line(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(processes.dist, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(Processes, "_name_of_this_start", lambda *_: "name")
     monkeypatch.setattr(processes.dist, "init_process_group", gone)
     assert exit_status(fork(lambda: train_script(small(tmp_path)), tmp_path / "said.txt")) == 2
     (line,) = (tmp_path / "said.txt").read_text().splitlines()
@@ -537,6 +539,25 @@ def test_a_step_is_skipped_by_all_where_it_is_bad_for_one(tmp_path: Path) -> Non
 # --- torchrun ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_restart_does_not_hear_what_was_said_before(tmp_path: Path) -> None:
+    """torchrun keeps one store for all its restarts; here rank 1 of the second start looks there before rank 0 does."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    argv = small(tmp_path, "--method", "clean", "--if-exists", "resume", "--checkpoint-minutes", "1e-9")
+
+    def member(rank: int, prepare: Callable[[int], Any]) -> int:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+        prepare(rank)
+        return train_script(argv)
+
+    def start(prepare: Callable[[int], Any]) -> list[int]:
+        return fork_company(2, lambda rank: member(rank, prepare), tmp_path / "said")
+
+    killed = at_step(2, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank else None)
+    assert statuses_within(30, start(killed)) == [1, -signal.SIGKILL]
+    assert statuses_within(30, start(lambda rank: time.sleep(0.5 * (rank == 0)))) == [0, 0]
+    assert "resume: from" in (tmp_path / "run" / "train.log").read_text()
+
+
 def workers(agent: int) -> dict[int, int]:
     """The processes that a torchrun has started, by rank."""
     found = {}
@@ -549,7 +570,9 @@ def workers(agent: int) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("nodes", [1, 2] if LARGE else [2])
-def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(nodes: int, tmp_path: Path) -> None:
+def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(
+    nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With two agents as two machines. Bit for bit as a run that was not disturbed."""
     flags = ["--group-norm", "--method", "at", "--attack-iter", "1", "--checkpoint-minutes", "1e-9"]
     flags += ["--epochs", "3", "--if-exists", "resume"]
@@ -557,26 +580,25 @@ def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(nodes: i
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", "--monitor-interval", "0.1"]
-    command += ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = (tmp_path / "agents.txt").open("w")
-    start = {"env": environment, "stdout": log, "stderr": log}
-    agents = [subprocess.Popen([*command, *tiny(tmp_path, *flags)], **start) for _ in range(nodes)]
+    command = ["--max-restarts", "3", "--monitor-interval", "0.1", "--nnodes", str(nodes)]
+    command += ["--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py"), *tiny(tmp_path, *flags)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Forked, the agents need not import PyTorch again; their workers do.
+    agents = [fork(lambda: torchrun.main(command), tmp_path / f"agent-{node}.txt") for node in range(nodes)]
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not (tmp_path / "run" / "latest.pt").exists():
-            assert time.monotonic() < until and agents[0].poll() is None, (tmp_path / "agents.txt").read_text()[-3000:]
+            assert time.monotonic() < until
             time.sleep(0.02)
-        victims = {rank: pid for agent in agents for rank, pid in workers(agent.pid).items()}
+        victims = {rank: pid for agent in agents for rank, pid in workers(agent).items()}
         os.kill(victims[1], signal.SIGKILL)
-        assert [agent.wait(120) for agent in agents] == [0] * nodes, (tmp_path / "agents.txt").read_text()[-3000:]
-    finally:
+        assert statuses_within(300, agents) == [0] * nodes
+    except BaseException:
         for agent in agents:
-            agent.kill()
-            agent.wait()
-        log.close()
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                kill(agent)
+        raise
     text = (tmp_path / "run" / "train.log").read_text()
     assert text.count("resume: from") == 1 and text.count("finished: ") == 1
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
