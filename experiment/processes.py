@@ -103,6 +103,8 @@ class Processes(contextlib.AbstractContextManager):
             self._speak()
             what = f"rank {self.rank} does not find the {self.size} processes of the run"
             raise ValueError(f"{what}: {one_line(error, 200)}") from None
+        # One that ends before all are connected takes the others' connections with it, and they hear no reason.
+        self.meet()
 
     def _name_of_this_start(self, store: Any) -> str:
         """A new name that all processes agree on, below which they talk. Raises RuntimeError where they do not come.
