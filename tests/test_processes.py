@@ -26,6 +26,7 @@ import pytest
 import torch
 from children import exit_status, fork, fork_company, kill
 from company import SmallNet, largest_difference, said, small, train_script, train_together
+from evaluations import ShortAutoAttack
 from runs import contents, differences, files, refusal, run_training, tiny, write_generated
 from torch.distributed import run as torchrun
 
@@ -34,6 +35,7 @@ import models
 import train
 from data import Split, load_data, loader
 from dyart.losses import LOSSES
+from evaluation import attack
 from experiment import build, processes, state, validation
 from experiment import folder as folder_module
 from experiment.checkpoint import load_checkpoint
@@ -613,7 +615,7 @@ def under_torchrun(size: int, argv: list[str]) -> list[int]:
 
 @pytest.mark.parametrize("by_torchrun", [False, True] if LARGE else [False], ids=str)
 def test_generated_data_from_training_through_another_number_of_processes_to_evaluation(
-    by_torchrun: bool, tmp_path: Path
+    by_torchrun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes begin, three go on: the run of one process, up to the order of sums, and the weights evaluated."""
     write_generated(tmp_path / "x.npz")
@@ -630,7 +632,8 @@ def test_generated_data_from_training_through_another_number_of_processes_to_eva
     assert largest_difference(tmp_path / "run", tmp_path / "one" / "run") < 1e-3
     assert "resume: from" in (tmp_path / "run" / "train.log").read_text()
 
-    evaluation = [str(tmp_path / "run"), "--eps", "255", "--n", "12", "--batch-size", "6", "-v", "custom"]
+    monkeypatch.setattr(attack, "AutoAttack", ShortAutoAttack)
+    evaluation = [str(tmp_path / "run"), "--eps", "8", "--n", "12", "--batch-size", "6", "-v", "custom"]
     assert eval_script.main([*evaluation, "--device", "cpu", "--checkpoint", "best"]) == 0
     (record,) = json.loads((tmp_path / "run" / "autoattack.json").read_text())
     model = build.build_model(Experiment.open(tmp_path / "run").settings).eval()
