@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     """Measure what the flags say. Raises ValueError or OSError for what is wrong with them."""
     options = vars(build_parser().parse_args(argv))
     if options["smoke"]:
-        options |= {"dataset": "digits", "model": "wrn-10-1-swish", "batch_size": 8, "rounds": 1, "examples": 8}
-        options |= {"targets": [], "steps": []}
+        options |= {"dataset": "digits", "model": "wrn-10-1-swish", "batch_size": 8, "rounds": 1}
+        options |= {"examples": min(options["examples"], 8), "targets": [], "steps": []}
     device = flags.device(options["device"], cuda_graphs=options["cuda_graphs"])
     if options["attacks"] is not None:
         return attack(options)

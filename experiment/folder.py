@@ -12,8 +12,10 @@ import contextlib
 import csv
 import io
 import itertools
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,9 +37,13 @@ from storage.files import (
 )
 from storage.lock import Locked, take_lock
 
+logger = logging.getLogger(__name__)
+
 # What each kind of run holds: its lock, and the files that only it writes, whose abandoned halves it may clear away.
 _LOCKS = {"train": (".lock", ("*.pt", "args.yaml", "metrics.csv")), "eval": (".lock-eval", ("*.json",))}
 _MAX_SETTINGS_BYTES = 100_000
+# How often a lock that another machine holds is tried, in seconds.
+POLL = 1.0
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
 
@@ -106,12 +112,14 @@ class Experiment(contextlib.AbstractContextManager):
     leaving it gives the lock back, as the end of the process does, however it ends.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], echo: Echo, lock: str | None) -> None:
+    def __init__(
+        self, folder: Path, settings: dict[str, Any], echo: Echo, lock: str | None, patience: float = 0.0
+    ) -> None:
         self.folder = folder
         self.settings = settings
         self._echo = echo
         self._purpose = lock
-        self._lock = None if lock is None else self._take_lock(lock)
+        self._lock = None if lock is None else self._take_lock(lock, patience)
         self._latest_is_good = False
 
     @classmethod
@@ -160,11 +168,14 @@ class Experiment(contextlib.AbstractContextManager):
         return experiment
 
     @classmethod
-    def open(cls, folder: str | Path, *, lock: str | None = None, echo: Echo = print) -> "Experiment":
+    def open(
+        cls, folder: str | Path, *, lock: str | None = None, echo: Echo = print, patience: float = 0.0
+    ) -> "Experiment":
         """Open an existing folder to read, or with lock="train" or "eval" to write what that kind of run writes.
 
-        Raises FileError where it is no experiment folder, its args.yaml does not hold plain settings, or another
-        process holds the lock.
+        patience: for how many seconds to wait where a process on another machine holds the lock, which may be lost with
+        its lock still there; what holds it here is alive. Raises FileError where the folder is no experiment, its
+        args.yaml does not hold plain settings, or another process holds the lock.
         """
         folder = Path(folder)
         with naming("open", folder):
@@ -172,16 +183,27 @@ class Experiment(contextlib.AbstractContextManager):
                 raise FileError(f"{folder}: no such experiment folder")
             if not (folder / "args.yaml").exists():
                 raise FileError(f"{folder}: not an experiment folder (no args.yaml in it)")
-        return cls(folder, _read_settings(folder / "args.yaml"), echo, lock)
+        return cls(folder, _read_settings(folder / "args.yaml"), echo, lock, patience)
 
-    def _take_lock(self, purpose: str) -> BaseFileLock | None:
+    def _take_lock(self, purpose: str, patience: float) -> BaseFileLock | None:
         name, patterns = _LOCKS[purpose]
         check_log(self.folder / f"{purpose}.log")
-        with naming("lock", self.folder / name):
+        until, waits = time.monotonic() + patience, False
+        while True:
             try:
-                lock = take_lock(self.folder / name)
+                with naming("lock", self.folder / name):
+                    lock = take_lock(self.folder / name)
+                break
             except Locked as holder:
-                raise InUse(f"{self.folder} is in use: {holder} has it for {purpose}") from None
+                what = f"{self.folder} is in use: {holder} has it for {purpose}"
+                if not holder.elsewhere:
+                    raise InUse(what) from None
+                if time.monotonic() > until:
+                    raise InUse(f"{what}, or that machine is lost and its lock has not ended yet") from None
+                if not waits:
+                    logger.warning("%s; waiting %g minutes at most, in case that machine is lost", what, patience / 60)
+                waits = True
+                time.sleep(POLL)
         # Without a lock, another process may be writing these.
         for abandoned in itertools.chain(*(self.folder.glob(f".{pattern}.*.tmp") for pattern in patterns)):
             if lock is not None:

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -30,6 +31,8 @@ from storage.files import one_line
 
 # How long the processes that are left look for the one that is not, in seconds.
 SEARCH = 3.0
+# How long rank 0, who may keep the store, stays for the others to read there what has happened, in seconds.
+FAREWELL = 10.0
 # The most bytes that a process tells the others in one go.
 MESSAGE = 8192
 
@@ -90,14 +93,44 @@ class Processes(contextlib.AbstractContextManager):
         if on_gpu:
             torch.cuda.set_device(self._local_rank() % torch.cuda.device_count())
         try:
-            self._store, *_ = next(iter(dist.rendezvous("env://", timeout=self._timeout)))
+            store, *_ = next(iter(dist.rendezvous("env://", timeout=self._timeout)))
+            self._store = dist.PrefixStore(self._name_of_this_start(store), store)
             kind = {"store": self._store, "rank": self.rank, "world_size": self.size}
             # Our own time limit comes before the library's, which ends a process in a page of its own.
             dist.init_process_group(backend, **kind, timeout=self._timeout + timedelta(minutes=1))
         except (RuntimeError, ValueError) as error:
+            self._store = None  # it may have found that already, and has nobody to tell
             self._speak()
             what = f"rank {self.rank} does not find the {self.size} processes of the run"
             raise ValueError(f"{what}: {one_line(error, 200)}") from None
+        # One that ends before all are connected takes the others' connections with it, and they hear no reason.
+        self.meet()
+
+    def _name_of_this_start(self, store: Any) -> str:
+        """A new name that all processes agree on, below which they talk. Raises RuntimeError where they do not come.
+
+        torchrun may keep one store for all its restarts, where the words of before, and gloo's addresses, still stand;
+        and its count of restarts differs between machines (https://github.com/pytorch/pytorch/issues/135712). So each
+        process shows a number of its own, new at each start, and rank 0 says which it has seen: a process that finds
+        its number there has found the rank 0 of this start.
+        """
+        ours = uuid.uuid4().hex
+        until = time.monotonic() + self._timeout.total_seconds()
+        if self.rank:
+            store.set(f"here/{self.rank}", ours)
+        while time.monotonic() < until:
+            if self.rank:
+                name, *seen = store.get("start").decode().split()
+                if ours in seen:
+                    store.set(f"{name}/{self.rank}", "")
+                    return name
+            else:
+                here = [f"here/{rank}" for rank in self._others]
+                store.set("start", " ".join([ours, *(store.get(key).decode() for key in here if store.check([key]))]))
+                if all(store.check([f"{ours}/{rank}"]) for rank in self._others):
+                    return ours
+            time.sleep(0.02)
+        raise RuntimeError(f"not in {self._timeout.total_seconds() / 60:g} minutes (--process-timeout-minutes)")
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if error is not None:
@@ -284,7 +317,7 @@ class Processes(contextlib.AbstractContextManager):
             self._broken = True
             if not torch.cuda.is_available():
                 dist.destroy_process_group()  # so that the others miss it now; NCCL would wait for them
-            self._linger(self._others)
+            self._linger()
 
     def _what_happened(self, error: RuntimeError, waited: float) -> Exception:
         """Why a sum has failed: what another process ended with, or which of them is missing."""
@@ -295,6 +328,7 @@ class Processes(contextlib.AbstractContextManager):
         search.start()
         search.join(2 * SEARCH + 1)
         missing = found[0] if found else [0]
+        self._linger([] if isinstance(missing, Exception) else missing)
         if isinstance(missing, Exception):
             return missing
         if self.rank == min({*range(self.size)} - {*missing}):
@@ -322,7 +356,6 @@ class Processes(contextlib.AbstractContextManager):
                 time.sleep(0.05)
             behind = [rank for rank in missing if self._count_of(rank) < self._sums]
             self._store.set(f"read/{self.rank}", "")
-            self._linger([rank for rank in self._others if rank not in missing])
         except RuntimeError:
             return [0] if self.rank else missing  # the store has gone with whoever kept it
         return behind or missing
@@ -335,13 +368,14 @@ class Processes(contextlib.AbstractContextManager):
         """Which of the others have told what they ended with."""
         return [rank for rank in self._others if self._store.check([f"end/{rank}"])]
 
-    def _linger(self, readers: Sequence[int]) -> None:
-        """Rank 0 may be who keeps the store: it stays until the others have read there what has happened."""
-        until = time.monotonic() + SEARCH
-        while not self.rank and time.monotonic() < until:
-            if all(self._store.check([f"read/{rank}"]) for rank in readers):
-                return
-            time.sleep(0.05)
+    def _linger(self, missing: Sequence[int] = ()) -> None:
+        """Rank 0 may be who keeps the store: it stays until all but these have read there, or told, what happened."""
+        waiting, until = {*self._others} - {*missing}, time.monotonic() + FAREWELL
+        with contextlib.suppress(RuntimeError):  # torchrun keeps the store, and has ended
+            while not self.rank and waiting and time.monotonic() < until:
+                words = ("read", "end")
+                waiting -= {rank for rank in waiting for word in words if self._store.check([f"{word}/{rank}"])}
+                time.sleep(0.05)
 
     def _count_of(self, rank: int) -> int:
         return int(self._store.get(f"at/{rank}")) if self._store.check([f"at/{rank}"]) else 0

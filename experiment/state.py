@@ -46,6 +46,7 @@ from experiment.weights import check_own
 from models.own import content_of_own
 from models.weights import load_weights
 from storage.files import FileError
+from storage.lock import LEASE
 
 # --- Where a run stands -----------------------------------------------------------------------------------------------
 
@@ -213,11 +214,13 @@ def resume(
 ) -> tuple[Experiment, dict[str, Any], Loaded | None]:
     """Open a folder to go on with: (experiment, settings, checkpoint or None where there is none yet).
 
-    Changes nothing in it, and a dry run does not even lock it. Raises FileError or ValueError for files that lie
-    or do not fit each other, and for flags that would change what is trained.
+    Changes nothing in it, and a dry run does not even lock it. What --if-exists resume starts by itself waits for the
+    lock of a machine that may be lost. Raises FileError or ValueError for files that lie or do not fit each other, and
+    for flags that would change what is trained.
     """
     kind, lock = (Onlooker, None) if processes.rank else (Experiment, None if dry_run else "train")
-    experiment = kind.open(folder, lock=lock, echo=tqdm.write)
+    patience = LEASE if given.get("if_exists") == "resume" else 0.0
+    experiment = kind.open(folder, lock=lock, echo=tqdm.write, patience=patience)
     try:
         return experiment, *_to_go_on_with(experiment, given)
     except BaseException:

@@ -38,9 +38,9 @@ fi
 IMAGES="--dataset digits"
 [ -z "$DATA" ] || IMAGES="--dataset cifar10 --data-dir $DATA"
 if [ "${DEVICE%%:*}" = cpu ]; then
-    BENCH="--smoke"
+    BENCH="--smoke --examples 0"
     TRAINING="--model wrn-10-1-swish --train-subset 128 --batch-size 16 --burn-in-batch-size 16 --validation-size 16"
-    SYNC="" EVALUATED=8 SLOWER=3
+    SYNC="" EVALUATED=8 SLOWER=10
 else
     BENCH="$IMAGES --model wrn-28-10-swish --batch-size 64 --rounds 1 --examples 0"
     TRAINING="--model wrn-28-10-swish --train-subset 1024 --batch-size 128 --burn-in-batch-size 128 --validation-size 64"
@@ -100,7 +100,7 @@ part() {
 running=""
 trap '[ -z "$running" ] || kill "$running"; exit 130' INT TERM
 
-# --- What is run, for how many seconds at most: 450 in all, and 2 a part where one has to be killed (a CPU: thrice) -----
+# --- What is run, for how many seconds at most: 450 in all, and 2 where one has to be killed (a CPU: ten times that) -----
 
 cd "$ROOT"
 part tests 50 tests

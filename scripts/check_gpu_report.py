@@ -25,8 +25,9 @@ def tests(folder: Path) -> dict[str, Any]:
 
 
 def bench(folder: Path, name: str) -> dict[str, Any]:
-    """Seconds and MiB of each part of a step, and their multiples of those without the option."""
-    report, plain = read_bench(folder, name), read_bench(folder, "bench") if name != "bench" else None
+    """Seconds and MiB of each part of a step, and their multiples of those without the option, if they were taken."""
+    compared = name != "bench" and (folder / "bench" / "bench.json").exists()
+    report, plain = read_bench(folder, name), read_bench(folder, "bench") if compared else None
     figures = {key: report[key] for key in ("machine", "bf16_tflops_per_second", "versions")}
     (subject,) = report["subjects"]
     figures["seconds"] = {step: part["seconds"]["median"] for step, part in subject["times"].items()}

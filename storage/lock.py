@@ -22,8 +22,17 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _warned = False
 
 
+# How long the lock of a machine that is lost may outlive it, in seconds: what network file systems give its lease, from
+# 90 s (NFS 4) to 300 s (Ceph).
+LEASE = 360.0
+
+
 class Locked(Exception):
-    """Another process holds the lock; str() of it says which."""
+    """Another process holds the lock; str() of it says which, `elsewhere` whether it is on another machine."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__(holder or "another process")
+        self.elsewhere = holder != "" and not holder.endswith(_here())
 
 
 def take_lock(path: str | os.PathLike, *, wait: bool = False) -> BaseFileLock | None:
@@ -53,14 +62,19 @@ def take_lock(path: str | os.PathLike, *, wait: bool = False) -> BaseFileLock | 
 
 def _sign(descriptor: int) -> None:
     os.truncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+    os.write(descriptor, f"process {os.getpid()}{_here()}".encode())
+
+
+def _here() -> str:
+    return f" on {socket.gethostname()}"
 
 
 def _holder(path: str | os.PathLike) -> str:
+    """The name in a lock file, "" where there is none."""
     text = ""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         text = file.read(200).decode(errors="replace").strip()
-    return one_line(text) if text else "another process"
+    return one_line(text) if text else ""
 
 
 def _warn(path: str | os.PathLike) -> None:

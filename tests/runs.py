@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +26,13 @@ TINY += " --burn-in-epochs 0 --epochs 2"
 def tiny(root: Path, *extra: str) -> list[str]:
     """The flags of a tiny run in `root`/run; extra ones take precedence."""
     return [*TINY.split(), "--output-dir", str(root), "--name", "run", *extra]
+
+
+def write_generated(path: Path) -> None:
+    """Generated data of 30 images of noise, for runs on digits."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
+    np.savez(path, image=images, label=rng.integers(10, size=30))
 
 
 @contextmanager

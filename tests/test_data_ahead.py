@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from children import exit_status, fork
-from runs import contents, differences, refusal, run_training, tiny
+from runs import contents, differences, refusal, run_training, tiny, write_generated
 from test_data_loader import ListedAuxiliary, random_split
 
 import train
@@ -189,21 +189,23 @@ def test_ctrl_c_ends_a_process_whose_disk_answers_no_more():
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def write_generated(path: Path) -> None:
-    rng = np.random.default_rng(0)
-    images = rng.integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
-    np.savez(path, image=images, label=rng.integers(10, size=30))
-
-
 def flags_with(path: Path) -> list[str]:
     flags = ["--method", "clean", "--epochs", "2", "--unsup-fraction", "0.5", "--aux-data-filename", str(path)]
     return [*flags, "--checkpoint-minutes", "1e-9"]
 
 
+@pytest.fixture(scope="module")
+def generated(tmp_path_factory):
+    """Generated data, which each test finds as it was, and all that an undisturbed run with it ends with."""
+    write_generated(path := tmp_path_factory.mktemp("generated") / "x.npz")
+    assert run_training(*tiny(path.parent, *flags_with(path))) == 0
+    return path, contents(path.parent / "run")
+
+
 @pytest.mark.parametrize("moment", [0.0, 0.1, 0.35])
-def test_a_signal_stops_training_on_a_slow_disk_which_goes_on_bit_for_bit(tmp_path, monkeypatch, moment):
-    write_generated(path := tmp_path / "x.npz")
-    assert run_training(*tiny(tmp_path / "whole", *flags_with(path))) == 0
+def test_a_signal_stops_training_on_a_slow_disk_which_goes_on_bit_for_bit(tmp_path, monkeypatch, generated, moment):
+    path, whole = generated
+    write_generated(path)
     preadv = os.preadv
 
     def slowly(*args: object) -> int:
@@ -223,7 +225,7 @@ def test_a_signal_stops_training_on_a_slow_disk_which_goes_on_bit_for_bit(tmp_pa
     assert exit_status(pid) in (128 + signal.SIGTERM, 0)
     assert time.monotonic() - started < 10
     assert run_training("--resume", str(tmp_path / "run")) == 0
-    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
+    assert not differences(contents(tmp_path / "run"), whole)
 
 
 def truncate(path: Path) -> None:
@@ -252,11 +254,11 @@ def overwrite(path: Path) -> None:
     ],
 )
 def test_a_file_that_changes_under_a_running_training_ends_it_in_one_line(
-    tmp_path, monkeypatch, capsys, change, message
+    tmp_path, monkeypatch, capsys, generated, change, message
 ):
-    write_generated(path := tmp_path / "x.npz")
+    path, whole = generated
+    write_generated(path)
     content = path.read_bytes()
-    assert run_training(*tiny(tmp_path / "whole", *flags_with(path))) == 0
     train_step, taken = train.train_step, []
 
     def then_change(*args: object) -> None:
@@ -272,7 +274,7 @@ def test_a_file_that_changes_under_a_running_training_ends_it_in_one_line(
     assert 2 <= len(taken) < 6
     path.write_bytes(content)
     assert run_training("--resume", str(tmp_path / "run")) == 0
-    assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
+    assert not differences(contents(tmp_path / "run"), whole)
 
 
 def test_an_error_of_the_disk_names_the_file(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import socket
 import stat
 import tempfile
 from pathlib import Path
@@ -31,11 +32,22 @@ def test_one_holder_whose_name_the_others_are_told(tmp_path: Path) -> None:
     take_lock(tmp_path / ".lock").release()
 
 
+def test_a_holder_on_another_machine_is_told_from_one_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = take_lock(tmp_path / ".lock")
+    for host, elsewhere in ((socket.gethostname(), False), ("another", True)):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        with pytest.raises(Locked) as refusal:
+            take_lock(tmp_path / ".lock")
+        assert refusal.value.elsewhere is elsewhere
+    held.release()
+
+
 def test_a_lock_file_without_a_name_in_it(tmp_path: Path) -> None:
     with open(tmp_path / ".lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(Locked, match="^another process$"):
+        with pytest.raises(Locked, match="^another process$") as refusal:
             take_lock(tmp_path / ".lock")
+        assert not refusal.value.elsewhere
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o077, 0o600)])

@@ -5,6 +5,8 @@ Real processes over gloo on this machine. With DYART_LARGE_TESTS=1: every method
 
 import contextlib
 import copy
+import json
+import logging
 import math
 import os
 import random
@@ -12,6 +14,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -21,15 +24,20 @@ from typing import Any
 
 import pytest
 import torch
-from children import exit_status, fork_company
+from children import exit_status, fork, fork_company, kill
 from company import SmallNet, largest_difference, said, small, train_script, train_together
-from runs import contents, differences, files, refusal, run_training, tiny
+from evaluations import ShortAutoAttack
+from runs import contents, differences, files, refusal, run_training, tiny, write_generated
+from torch.distributed import run as torchrun
 
+import eval as eval_script
 import models
 import train
 from data import Split, load_data, loader
 from dyart.losses import LOSSES
-from experiment import build, processes, validation
+from evaluation import attack
+from experiment import build, processes, state, validation
+from experiment import folder as folder_module
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
 from experiment.processes import Processes
@@ -43,6 +51,7 @@ KILLS = 50 if LARGE else 5
 METHODS = {
     "clean": ["--method", "clean"],
     "dyart": ["--method", "dyart"],
+    "dyart L2": ["--method", "dyart", "--norm", "L2"],
     "dyart shared": ["--method", "dyart", "--search", "shared"],
     "dyart fab": ["--method", "dyart", "--search", "fab", "--search-steps", "3"],
     "at": ["--method", "at", "--attack-iter", "2"],
@@ -51,7 +60,16 @@ METHODS = {
     "n-fgsm": ["--method", "n-fgsm"],
     "fgsm-rs L2": ["--method", "fgsm-rs", "--norm", "L2"],
     "burn-in": ["--burn-in-epochs", "1", "--epochs", "1", "--track-dynamics", "1"],
+    "generated data": ["--aux-data-filename", "GENERATED", "--unsup-fraction", "0.7"],
 }
+
+
+def flags_of(method: str, folder: Path) -> list[str]:
+    """Of `METHODS`, with generated data in `folder`."""
+    if "GENERATED" in METHODS[method]:
+        write_generated(folder / "generated.npz")
+    generated = str(folder / "generated.npz")
+    return ["--group-norm", *(generated if flag == "GENERATED" else flag for flag in METHODS[method])]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,7 +98,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_number_of_processes_trains_the_same_run(method: str, tmp_path: Path, in_float64: None) -> None:
-    flags = ["--group-norm", *METHODS[method]]
+    flags = flags_of(method, tmp_path)
     sizes = (1, 2, 3, 4) if LARGE or method == "dyart" else (1, 3)
     for size in sizes:
         assert train_together(size, small(tmp_path / str(size), *flags), tmp_path / str(size)) == [0] * size
@@ -95,10 +113,53 @@ def test_any_number_of_processes_trains_the_same_run(method: str, tmp_path: Path
 
 @pytest.mark.parametrize("method", METHODS if LARGE else ["dyart", "trades"])
 def test_in_float32_the_order_of_sums_is_all_that_differs(method: str, tmp_path: Path) -> None:
+    """Where a run does not hang on the last bit of its weights, as one of seed 0 does (AT's; docs/clusters.md)."""
+    flags = [*flags_of(method, tmp_path), "--seed", "1"]
     for size in (1, 2, 3, 4) if LARGE else (1, 4):
-        flags = small(tmp_path / str(size), "--group-norm", *METHODS[method])
-        assert train_together(size, flags, tmp_path / str(size)) == [0] * size
+        assert train_together(size, small(tmp_path / str(size), *flags), tmp_path / str(size)) == [0] * size
         assert largest_difference(tmp_path / str(size) / "run", tmp_path / "1" / "run") < 1e-3
+
+
+@pytest.mark.skipif(not LARGE, reason="a minute of training for a figure of docs/clusters.md")
+def test_in_float32_processes_are_no_further_apart_than_the_last_bit_of_the_weights(tmp_path: Path) -> None:
+    """AT takes signs of gradients, which the last bit of a sum can turn; that tells in some runs, however they sum."""
+
+    def change_last_bit(rank: int) -> None:
+        def changed(settings: dict[str, Any], build_model: Callable = train.build_model) -> torch.nn.Module:
+            model = build_model(settings)
+            for parameter in model.parameters():
+                parameter.data = torch.nextafter(parameter.data, torch.tensor(torch.inf))
+            return model
+
+        train.build_model = changed
+
+    apart: dict[str, list[float]] = {"two processes": [], "the last bit": []}
+    for seed in map(str, range(5)):
+        flags = [*flags_of("at", tmp_path), "--seed", seed]
+        for name, size, before in (("one", 1, None), ("two processes", 2, None), ("the last bit", 1, change_last_bit)):
+            root = tmp_path / seed / name
+            assert train_together(size, small(root, *flags), tmp_path / "said", before) == [0] * size
+            if name in apart:
+                apart[name].append(largest_difference(root / "run", tmp_path / seed / "one" / "run"))
+    print(apart)
+    assert statistics.median(apart["two processes"]) <= statistics.median(apart["the last bit"])
+
+
+def test_the_sum_of_a_step_is_one(tmp_path: Path) -> None:
+    """Gradients, statistics, loss, metrics and wishes go in it, whatever the method searches before."""
+
+    def count(rank: int) -> None:
+        def counted(run: Any, *args: Any, train_step: Callable = train.train_step) -> None:
+            before = run.processes._sums
+            train_step(run, *args)
+            sums.append(run.processes._sums - before)
+            (tmp_path / f"{rank}.txt").write_text(str(sums))
+
+        sums: list[int] = []
+        train.train_step = counted
+
+    assert train_together(2, small(tmp_path), tmp_path / "said", count) == [0, 0]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == [str([1] * 6)] * 2
 
 
 def test_the_log_is_that_of_one_process(tmp_path: Path) -> None:
@@ -191,6 +252,24 @@ def test_an_environment_that_makes_no_company_is_refused(
     assert "WORLD_SIZE 2 and RANK do not go together" in refusal(capsys, "--dataset", "digits")
 
 
+def test_a_process_that_does_not_find_the_others_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 finds where they meet, and then rank 0 is gone."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection was likely closed")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(processes.dist, "rendezvous", lambda *_, **__: iter([(torch.distributed.HashStore(), 1, 2)]))
+    monkeypatch.setattr(Processes, "_name_of_this_start", lambda *_: "name")
+    monkeypatch.setattr(processes.dist, "init_process_group", gone)
+    assert exit_status(fork(lambda: train_script(small(tmp_path)), tmp_path / "said.txt")) == 2
+    (line,) = (tmp_path / "said.txt").read_text().splitlines()
+    assert line.endswith("error: rank 1 does not find the 2 processes of the run: Connection was likely closed")
+
+
 # --- One voice --------------------------------------------------------------------------------------------------------
 
 
@@ -212,12 +291,20 @@ def test_bad_input_is_refused_in_one_line_by_all(flags: list[str], words: str, t
 
 
 def test_what_is_wrong_with_one_is_said_with_its_rank_and_ends_all(tmp_path: Path) -> None:
+    """Also where one of them is late to ask: rank 0, who has the answer, waits for it."""
+
     def damage(rank: int) -> None:
         def no_data(*_: object) -> None:
             raise ValueError("the disk of this machine is empty")
 
+        def late(*args: Any, what_happened: Callable = Processes._what_happened) -> Exception:
+            time.sleep(0.5)
+            return what_happened(*args)
+
         if rank == 2:
             build.load_data = no_data
+        if rank == 1:
+            Processes._what_happened = late
 
     assert train_together(3, small(tmp_path / "out"), tmp_path / "said", damage) == [2, 2, 2]
     (line,) = "".join(said(tmp_path / "said")).strip().splitlines()
@@ -244,6 +331,57 @@ def test_two_runs_of_several_processes_never_share_a_folder(tmp_path: Path) -> N
             (line,) = "".join(said(tmp_path / "second")).strip().splitlines()
             assert f"{tmp_path / 'run'} is in use: process {os.getpid()}" in line
         assert files(tmp_path / "run") == before
+
+
+@contextlib.contextmanager
+def held_on_another_machine(folder: Path) -> Iterator[int]:
+    """The folder's lock, held by a process (its number) that says it is on node7; until it is killed."""
+
+    def hold() -> None:
+        socket.gethostname = lambda: "node7"
+        with Experiment.open(folder, lock="train"):
+            (folder.parent / "held").touch()
+            signal.pause()
+
+    pid = fork(hold)
+    while not (folder.parent / "held").exists():
+        time.sleep(0.01)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            kill(pid)
+
+
+def test_if_exists_resume_waits_for_the_lock_of_a_machine_that_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And takes it when that has ended, not before; started by hand, or where it does not end, it is refused."""
+    monkeypatch.setattr(folder_module, "POLL", 0.02)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own
+    argv = small(tmp_path, "--method", "clean", "--epochs", "1", "--scheduler", "constant", "--if-exists", "resume")
+    assert train_together(1, argv, tmp_path / "said") == [0]
+    with held_on_another_machine(tmp_path / "run") as pid:
+        before = files(tmp_path / "run")
+        refused = f"{tmp_path / 'run'} is in use: process {pid} on node7 has it for train"
+        waiting = f"{refused}; waiting {{}} minutes at most, in case that machine is lost"
+        by_hand = ["--resume", str(tmp_path / "run"), "--epochs", "2"]
+        monkeypatch.setattr(state, "LEASE", 0.06)
+        for flags, expected in ((by_hand, []), (argv, [waiting.format(0.001)])):
+            assert train_together(2, flags, tmp_path / "said") == [2, 2]
+            *lines, last = "".join(said(tmp_path / "said")).strip().splitlines()
+            assert last.endswith(f"error: {refused}, or that machine is lost and its lock has not ended yet")
+            assert lines == expected and files(tmp_path / "run") == before
+
+        monkeypatch.setattr(state, "LEASE", 60.0)
+        outputs = tmp_path / "waiting"
+        company = fork_company(2, lambda rank: train_script(argv), outputs)
+        while not said(outputs)[0]:
+            time.sleep(0.01)
+        assert said(outputs)[0].strip() == waiting.format(1) and files(tmp_path / "run") == before
+        kill(pid)
+        assert statuses_within(30, company) == [0, 0]
+    assert "nothing left to do, all 1 epochs are finished" in said(outputs)[0]
 
 
 # --- A run that survives ----------------------------------------------------------------------------------------------
@@ -321,10 +459,11 @@ def at_step(step: int, action: Callable[[int], None]) -> Callable[[int], None]:
     return prepare
 
 
-def test_a_killed_process_is_named(tmp_path: Path) -> None:
-    action = at_step(3, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
+def test_a_killed_process_is_named_by_the_others_which_end_by_themselves(tmp_path: Path) -> None:
+    prepare = at_step(3, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else None)
     argv = small(tmp_path, "--method", "clean")
-    assert train_together(3, argv, tmp_path / "said", action) == [1, -signal.SIGKILL, 1]
+    pids = fork_company(3, lambda rank: prepare(rank) or train_script(argv), tmp_path / "said")
+    assert statuses_within(30, pids) == [1, -signal.SIGKILL, 1]
     assert "stopped: rank 1 of 3 processes is gone" in (tmp_path / "run" / "train.log").read_text()
     assert said(tmp_path / "said")[2] == ""
 
@@ -334,11 +473,7 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(hanging: int, tmp_path: 
     prepare = at_step(2, lambda rank: os.kill(os.getpid(), signal.SIGSTOP) if rank == hanging else None)
     argv = small(tmp_path, "--method", "clean", "--process-timeout-minutes", "0.03")
 
-    def body(rank: int) -> int:
-        prepare(rank)
-        return train_script(argv)
-
-    pids = fork_company(3, body, tmp_path / "said")
+    pids = fork_company(3, lambda rank: prepare(rank) or train_script(argv), tmp_path / "said")
     stopped = pids.pop(hanging)
     try:
         assert statuses_within(30, pids) == [1, 1]
@@ -352,15 +487,39 @@ def test_a_process_that_hangs_is_named_and_ends_the_run(hanging: int, tmp_path: 
         assert line in (tmp_path / "run" / "train.log").read_text()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a clean run of three processes that nothing disturbs ends with."""
+    root = tmp_path_factory.mktemp("whole")
+    assert train_together(3, small(root, "--method", "clean"), root) == [0] * 3
+    return contents(root / "run")
+
+
 @pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, [1]), (signal.SIGUSR1, [0]), (signal.SIGTERM, [0, 1, 2])])
-def test_a_signal_to_any_or_all_stops_all_after_the_same_step(number: int, to: list[int], tmp_path: Path) -> None:
+def test_a_signal_to_any_or_all_stops_all_after_the_same_step(
+    number: int, to: list[int], tmp_path: Path, whole: dict[str, Any]
+) -> None:
     action = at_step(2, lambda rank: os.kill(os.getpid(), number) if rank in to else None)
     argv = small(tmp_path, "--method", "clean")
     assert train_together(3, argv, tmp_path / "said", action) == [128 + number] * 3
     assert load_checkpoint(tmp_path / "run" / "latest.pt")["progress"]["step"] == 2
     assert f"stopped by {signal.Signals(number).name}; go on with" in (tmp_path / "run" / "train.log").read_text()
     assert train_together(3, ["--resume", str(tmp_path / "run")], tmp_path / "said") == [0] * 3
-    assert train_together(3, small(tmp_path / "whole", "--method", "clean"), tmp_path / "said") == [0] * 3
+    assert not differences(contents(tmp_path / "run"), whole)
+
+
+def test_generated_data_that_changes_while_several_train_ends_all_in_one_line(tmp_path: Path) -> None:
+    """And with the file as it was the run goes on, bit for bit."""
+    write_generated(path := tmp_path / "x.npz")
+    content = path.read_bytes()
+    flags = ["--method", "clean", "--aux-data-filename", str(path), "--checkpoint-minutes", "1e-9"]
+    assert train_together(2, small(tmp_path / "whole", *flags), tmp_path / "said") == [0, 0]
+    truncate = at_step(2, lambda rank: os.truncate(path, 20_000) if rank else None)
+    assert train_together(2, small(tmp_path, *flags), tmp_path / "said", truncate) == [2, 2]
+    (line,) = (line for line in "".join(said(tmp_path / "said")).splitlines() if "error" in line)
+    assert re.search(f"error: (rank 1: )?{path}.* (no longer holds image|was replaced or changed)", line)
+    path.write_bytes(content)
+    assert train_together(2, ["--resume", str(tmp_path / "run")], tmp_path / "said") == [0, 0]
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
 
 
@@ -382,6 +541,25 @@ def test_a_step_is_skipped_by_all_where_it_is_bad_for_one(tmp_path: Path) -> Non
 # --- torchrun ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_restart_does_not_hear_what_was_said_before(tmp_path: Path) -> None:
+    """torchrun keeps one store for all its restarts; here rank 1 of the second start looks there before rank 0 does."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    argv = small(tmp_path, "--method", "clean", "--if-exists", "resume", "--checkpoint-minutes", "1e-9")
+
+    def member(rank: int, prepare: Callable[[int], Any]) -> int:
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(store.port)}
+        prepare(rank)
+        return train_script(argv)
+
+    def start(prepare: Callable[[int], Any]) -> list[int]:
+        return fork_company(2, lambda rank: member(rank, prepare), tmp_path / "said")
+
+    killed = at_step(2, lambda rank: os.kill(os.getpid(), signal.SIGKILL) if rank else None)
+    assert statuses_within(30, start(killed)) == [1, -signal.SIGKILL]
+    assert statuses_within(30, start(lambda rank: time.sleep(0.5 * (rank == 0)))) == [0, 0]
+    assert "resume: from" in (tmp_path / "run" / "train.log").read_text()
+
+
 def workers(agent: int) -> dict[int, int]:
     """The processes that a torchrun has started, by rank."""
     found = {}
@@ -394,7 +572,9 @@ def workers(agent: int) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("nodes", [1, 2] if LARGE else [2])
-def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(nodes: int, tmp_path: Path) -> None:
+def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(
+    nodes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With two agents as two machines. Bit for bit as a run that was not disturbed."""
     flags = ["--group-norm", "--method", "at", "--attack-iter", "1", "--checkpoint-minutes", "1e-9"]
     flags += ["--epochs", "3", "--if-exists", "resume"]
@@ -402,29 +582,65 @@ def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(nodes: i
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "3", "--monitor-interval", "0.1"]
-    command += ["--nnodes", str(nodes), "--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d"]
-    command += ["--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = (tmp_path / "agents.txt").open("w")
-    start = {"env": environment, "stdout": log, "stderr": log}
-    agents = [subprocess.Popen([*command, *tiny(tmp_path, *flags)], **start) for _ in range(nodes)]
+    command = ["--max-restarts", "3", "--monitor-interval", "0.1", "--nnodes", str(nodes)]
+    command += ["--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d", "--rdzv-id", "test"]
+    command += ["--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py"), *tiny(tmp_path, *flags)]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Forked, the agents need not import PyTorch again; their workers do.
+    agents = [fork(lambda: torchrun.main(command), tmp_path / f"agent-{node}.txt") for node in range(nodes)]
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not (tmp_path / "run" / "latest.pt").exists():
-            assert time.monotonic() < until and agents[0].poll() is None, (tmp_path / "agents.txt").read_text()[-3000:]
+            assert time.monotonic() < until
             time.sleep(0.02)
-        victims = {rank: pid for agent in agents for rank, pid in workers(agent.pid).items()}
+        victims = {rank: pid for agent in agents for rank, pid in workers(agent).items()}
         os.kill(victims[1], signal.SIGKILL)
-        assert [agent.wait(120) for agent in agents] == [0] * nodes, (tmp_path / "agents.txt").read_text()[-3000:]
-    finally:
+        assert statuses_within(300, agents) == [0] * nodes
+    except BaseException:
         for agent in agents:
-            agent.kill()
-            agent.wait()
-        log.close()
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                kill(agent)
+        raise
     text = (tmp_path / "run" / "train.log").read_text()
     assert text.count("resume: from") == 1 and text.count("finished: ") == 1
     assert not differences(contents(tmp_path / "run"), contents(tmp_path / "whole" / "run"))
+
+
+def under_torchrun(size: int, argv: list[str]) -> list[int]:
+    """Train in so many processes that torchrun starts; its exit status for each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [subprocess.run([*command, str(ROOT / "train.py"), *argv], env=environment).returncode] * size
+
+
+@pytest.mark.parametrize("by_torchrun", [False, True] if LARGE else [False], ids=str)
+def test_generated_data_from_training_through_another_number_of_processes_to_evaluation(
+    by_torchrun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes begin, three go on: the run of one process, up to the order of sums, and the weights evaluated."""
+    write_generated(tmp_path / "x.npz")
+    flags = ["--group-norm", "--aux-data-filename", str(tmp_path / "x.npz"), "--unsup-fraction", "0.7", "--seed", "1"]
+    flags += ["--scheduler", "constant"]
+    argv_of = tiny if by_torchrun else small
+
+    def start(size: int, argv: list[str]) -> list[int]:
+        return under_torchrun(size, argv) if by_torchrun else train_together(size, argv, tmp_path / "said")
+
+    assert train_together(1, argv_of(tmp_path / "one", *flags, "--epochs", "2"), tmp_path / "said") == [0]
+    assert start(2, argv_of(tmp_path, *flags, "--epochs", "1")) == [0, 0]
+    assert start(3, ["--resume", str(tmp_path / "run"), "--epochs", "2"]) == [0, 0, 0]
+    assert largest_difference(tmp_path / "run", tmp_path / "one" / "run") < 1e-3
+    assert "resume: from" in (tmp_path / "run" / "train.log").read_text()
+
+    monkeypatch.setattr(attack, "AutoAttack", ShortAutoAttack)
+    evaluation = [str(tmp_path / "run"), "--eps", "8", "--n", "12", "--batch-size", "6", "-v", "custom"]
+    assert eval_script.main([*evaluation, "--device", "cpu", "--checkpoint", "best"]) == 0
+    (record,) = json.loads((tmp_path / "run" / "autoattack.json").read_text())
+    model = build.build_model(Experiment.open(tmp_path / "run").settings).eval()
+    model.load_state_dict(load_checkpoint(tmp_path / "run" / "best.pt")["average"])
+    x, y = (part[:12] for part in load_data("digits")[1])
+    right = (model(loader.to_input(x)).argmax(1) == y).double().mean().item()
+    assert record["clean_accuracy"] == right >= record["robust_accuracy"]
 
 
 @pytest.mark.skipif(not LARGE, reason="another quarter of a minute of starting processes")
