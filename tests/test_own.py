@@ -1,7 +1,9 @@
 """Models of one's own: from a file or a module, looked at before they are trained, not run because a file says so."""
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,10 @@ import analyze
 import bench
 import eval as eval_script
 import export
+from analysis.subject import autoattack_points
 from evaluation import attack
+from evaluation.candidate import load_candidate
+from evaluation.results import Results
 from experiment.build import build_model, build_optimizer, stages_of
 from experiment.checkpoint import load_checkpoint
 from experiment.settings import default_name, parse, resolve
@@ -314,6 +319,33 @@ def test_all_scripts_work_on_it(trained, tmp_path, monkeypatch, capsys):
     for suffix in ("pt", "safetensors"):
         assert export.main([str(folder), str(tmp_path / f"as-{suffix}.{suffix}"), *model]) == 0
         assert "nets.py:small" in (tmp_path / f"as-{suffix}.md").read_text()
+
+
+def test_records_are_of_the_code_that_made_the_model(trained, tmp_path, monkeypatch, capsys):
+    """A record does not pass for one of edited code, whose weights are the same; and counts again when it is back."""
+    monkeypatch.setattr(attack, "AutoAttack", ShortAutoAttack)
+    folder, path = trained
+    copy = shutil.copytree(folder, tmp_path / "run")
+    edited = written(tmp_path / "edited", GOOD.replace(".mean((2, 3))", ".amax((2, 3))"))
+    small = ["--n", "4", "--batch-size", "4", "--device", "cpu", "--eps", "1", "--version", "custom"]
+
+    def evaluated(code: Path) -> tuple[str, list[str]]:
+        capsys.readouterr()
+        assert eval_script.main([str(copy), *own(code), *small]) == 0
+        return capsys.readouterr().out, [r["model_content"] for r in Results(copy / "autoattack").current]
+
+    before, after = (hashlib.sha256(code.read_bytes()).hexdigest() for code in (path, edited))
+    assert evaluated(path)[1] == [before]
+    for code, cited in ((path, 1), (edited, 0)):
+        identity = load_candidate(copy / "best.pt", None, {"model": f"{code}:small"}).identity
+        assert len(autoattack_points(copy, identity, "Linf")) == cited
+        export.main([str(copy), str(tmp_path / "out.pt"), *own(code), "--force"])
+        assert (tmp_path / "out.md").read_text().count("| AutoAttack custom") == cited
+    said, current = evaluated(edited)
+    assert "what was found before is of other code of the model; starting again" in said and current == [after]
+    said, current = evaluated(path)
+    assert "as evaluated before" in said and current == [before]
+    assert len(Results(copy / "autoattack").records) == 2
 
 
 def test_an_evaluation_by_several_processes_finds_the_same(trained, tmp_path):
