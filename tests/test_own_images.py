@@ -91,7 +91,7 @@ def test_bench_measures_own_images_of_a_checkpoint_and_of_no_model_yet(tmp_path,
     assert subject["weights"]["dataset_content"].startswith("4x16x16-")
 
 
-def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(tmp_path, caplog):
+def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(tmp_path, caplog, monkeypatch):
     dataset = photos(tmp_path)
     straight = own_run(tmp_path / "a", dataset, "--scheduler", "constant")
     assert run_training(*straight, "--epochs", "2") == 0
@@ -99,6 +99,7 @@ def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(t
     assert run_training(*cut) == 0
     run = tmp_path / "b" / "run"
     fill(dataset / "train", seed=7)
+    monkeypatch.setattr(own, "_FOUND", set())  # in another process
     assert run_training("--resume", str(run), "--epochs", "2") == 0
     assert "has changed, or is gone" in caplog.text
     assert differences(contents(tmp_path / "a" / "run"), contents(run)) == []
@@ -117,6 +118,18 @@ def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(t
     expected = contents(tmp_path / "a" / "run")
     del expected["args.yaml"]
     assert [line for line in differences(expected, found) if "settings/dataset" not in line] == []
+
+
+def test_a_folder_is_looked_into_once_in_a_process(tmp_path, monkeypatch):
+    """It takes seconds where there are a million files."""
+    looks, look = [], own.ImageFolder.__init__
+    monkeypatch.setattr(own.ImageFolder, "__init__", lambda self, path: (looks.append(path), look(self, path))[1])
+    command = own_run(tmp_path, photos(tmp_path), "--scheduler", "constant", "--epochs", "1")
+    for argv in (command, ["--resume", str(tmp_path / "run"), "--epochs", "2"]):
+        monkeypatch.setattr(own, "_FOUND", set())
+        looks.clear()
+        assert run_training(*argv) == 0
+        assert len(looks) == 1
 
 
 def test_other_images_than_the_runs_are_refused_on_resume(tmp_path, capsys):
