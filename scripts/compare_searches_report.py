@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
-from experiment.settings import TRAINING
+from experiment.recipes import TRAINING
 from experiment.weights import read_weights
 from storage.files import read_json, write_json
 

@@ -29,7 +29,8 @@ from evaluation.results import Results
 from experiment.build import build_model, build_optimizer, stages_of
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
-from experiment.settings import default_name, parse, resolve
+from experiment.settings import default_name, resolve
+from experiment.train_flags import parse
 from models import create_model
 from models.own import check_used, short_name
 from models.weights import load_weights

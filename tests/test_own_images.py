@@ -21,7 +21,7 @@ from data import find_images, own
 from evaluation import attack
 from evaluation.candidate import load_candidate, load_test
 from evaluation.results import Results
-from experiment import settings
+from experiment import settings, train_flags
 from experiment.build import load_splits
 from experiment.checkpoint import load_checkpoint
 from tests.evaluations import ShortAutoAttack
@@ -69,7 +69,7 @@ def test_all_scripts_work_on_a_folder_of_pngs(tmp_path, short_attacks, capsys):
     # Each command of the claim does what it says.
     capsys.readouterr()
     _, training, _, evaluation = text.split("```")[1].strip().splitlines()
-    resolved = settings.resolve(settings.parse(training.split()[2:]))
+    resolved = settings.resolve(train_flags.parse(training.split()[2:]))
     assert resolved == {**stored, **{name: resolved[name] for name in settings.PLACE}}
     words = evaluation.replace("out.pt", str(tmp_path / "out.pt")).split()[2:]
     assert eval_script.main(words) == 0
@@ -169,7 +169,7 @@ def test_without_test_images_it_is_said_what_to_do_and_each_way_works(tmp_path, 
 
 def test_held_out_images_are_not_trained_on_and_are_those_judged_by(tmp_path, short_attacks):
     dataset = photos(tmp_path, each=10)
-    resolved = settings.resolve(settings.parse(own_run(tmp_path, dataset, "--held-out", "0.3")))
+    resolved = settings.resolve(train_flags.parse(own_run(tmp_path, dataset, "--held-out", "0.3")))
     data = load_splits(resolved)
     assert torch.bincount(data.validation.labels).tolist() == [3] * 4 and len(data.train.labels) == 28
     both = torch.cat([data.train.images, data.validation.images]).flatten(1)
@@ -188,11 +188,11 @@ def test_held_out_images_are_not_trained_on_and_are_those_judged_by(tmp_path, sh
 def test_val_beside_test_is_validated_on_unless_a_share_is_asked_for(tmp_path):
     dataset = photos(tmp_path)
     fill(dataset / "val", each=2, seed=9)
-    resolved = settings.resolve(settings.parse(own_run(tmp_path, dataset)))
+    resolved = settings.resolve(train_flags.parse(own_run(tmp_path, dataset)))
     data = load_splits(resolved)
     assert resolved["held_out"] is None and len(data.train.labels) == 24
     assert (data.validation.images.numpy() == images_of(dataset, "val")).all()
-    data = load_splits(settings.resolve(settings.parse(own_run(tmp_path, dataset, "--held-out", "0.5"))))
+    data = load_splits(settings.resolve(train_flags.parse(own_run(tmp_path, dataset, "--held-out", "0.5"))))
     assert len(data.train.labels) == len(data.validation.labels) == 12
 
 

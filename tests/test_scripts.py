@@ -15,7 +15,8 @@ import yaml
 
 from evaluation.results import IDENTITY, Results
 from experiment.folder import Experiment
-from experiment.settings import TRAINING, resolve
+from experiment.recipes import TRAINING
+from experiment.settings import resolve
 from models import create_model
 
 ROOT = Path(__file__).parents[1]
