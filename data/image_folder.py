@@ -64,9 +64,7 @@ class ImageFolder:
             self.files[part] = []
             for label, name in enumerate(self.classes):
                 fingerprint.update(f"\0{part} {label} {counts[label]}\0".encode() + os.fsencode(name))
-                for folder, file, size, time in sorted(
-                    files_of.pop(name, [])
-                ):  # which are let go: there may be millions
+                for folder, file, size, time in sorted(files_of.get(name, [])):
                     self.files[part].append(os.path.join(folder, file))
                     fingerprint.update(os.fsencode(f"\0{folder}/{file}") + f"\0{size} {time}".encode())
         self.fingerprint = fingerprint.hexdigest()
