@@ -162,9 +162,9 @@ def main(argv: list[str] | None = None) -> int:
                 identity = {**candidate.identity, **origin, **what, **attack, "batch_size": args["batch_size"]}
                 known = None if again else results.finished(identity)
                 if known is None:
-                    if results.on_other_images(identity):
+                    if changed := " and ".join(results.changed(identity)):
                         what_for = f"{identity['checkpoint']} {norm} {text}"
-                        log(f"{what_for}: what was found before is of other test images; starting again")
+                        log(f"{what_for}: what was found before is of {changed}; starting again")
                     tasks.append(Task(candidate.model, test, identity))
                 else:
                     results.take_up(known)

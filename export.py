@@ -30,12 +30,12 @@ from experiment.settings import (
     PLACE,
     check_stored,
     deciding,
-    flag_of,
     not_taken_by,
     resolve,
     resolve_normalization,
     upgraded,
 )
+from experiment.train_flags import flag_of
 from experiment.weights import MODEL_SETTINGS, WEIGHTS_HELP
 from models.own import is_own
 from storage.files import FileError, naming, replacing, utf8, write_bytes

@@ -3,7 +3,7 @@
     python train.py --dataset cifar10 --burn-in-epochs 10 --epochs 200
 
 The order of the file is the order of a run: its parts, its stages, one epoch, one step, the end of an epoch. The loss
-of a step is in dyart/losses.py, the flags are in experiment/settings.py.
+of a step is in dyart/losses.py, the flags are in experiment/train_flags.py.
 """
 
 import contextlib
@@ -40,10 +40,11 @@ from experiment.guards import anomalies_detected, check_finite, finite_validatio
 from experiment.metrics import Meter, describe, peak_memory_mib
 from experiment.processes import ALONE, Processes, Stopped
 from experiment.schedules import SCHEDULES, idle_epochs
-from experiment.settings import PROCESS_TIMEOUT_MINUTES, as_yaml, default_name, parse, resolve
+from experiment.settings import as_yaml, default_name, resolve
 from experiment.signals import Interrupted, Signals
 from experiment.state import Progress, Run, begin, begun, check_metrics, resume, rewind
 from experiment.tensorboard import Board, check_tensorboard
+from experiment.train_flags import PROCESS_TIMEOUT_MINUTES, parse
 from experiment.validation import track_dynamics, validate
 from experiment.weights import load_pretrained
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dyart.losses import SINGLE_STEP
-from experiment.settings import SHORT, TRAINING
+from experiment.recipes import SHORT, TRAINING
 
 CLEAN = 3.0
 # What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is

@@ -29,7 +29,8 @@ from experiment.build import build_model, loss_options
 from experiment.folder import named_checkpoints
 from experiment.images import resolve_images
 from experiment.processes import ALONE, Processes
-from experiment.settings import resolve, resolve_normalization, with_own_model
+from experiment.settings import resolve, resolve_normalization
+from experiment.train_flags import with_own_model
 from experiment.weights import MODEL_SETTINGS
 
 # The training steps that are timed: the method, and its settings where they are not the recipe's.

@@ -94,6 +94,7 @@ def autoattack_points(
     points = []
     for record in [] if results is None else results.current:
         same = all(record[key] == identity[key] for key in ("sha256", "weights"))
+        same = same and record.get("model_content") in (None, identity["model_content"])
         if same and record["norm"] == norm and record.get("part", "test") == part:
             share = record["robust_accuracy"]
             low, high = interval_of(round(share * record["n"]), record["n"])

@@ -37,6 +37,9 @@ HELD_OUT = 0.1  # share of the training images, where a set has no validation im
 CONTENT = re.compile(r"([0-9]+)x([0-9]+)x([0-9]+)-[0-9a-f]{12}(?:/(?:[0-9a-f]{16}|-)){3}")
 KNOWN_SOURCES = 20  # how many states of a folder are remembered that gave the same images
 
+# What this process has found where (path, size, content): to look again for changes takes seconds a million files.
+_FOUND: set[tuple[Path, int | None, str]] = set()
+
 
 class Prepared(NamedTuple):
     """Own images as they are prepared in `folder`; what `about.json` says of them.
@@ -148,7 +151,7 @@ def find_own(
 
     below: the folder in which they are prepared, None for that of `path`; they are found in both. size: the shorter
     side is resized to it, and the centre cut out; None keeps the images' own size. content: which images they have to
-    be, those of a run; then `path` itself may have changed, or be gone, which is warned of.
+    be, those of a run; then `path` itself may have changed, or be gone, which is warned of, once in a process.
 
     Raises FileNotFoundError, DataFileError for a source that cannot be used or holds other images, OSError.
     """
@@ -158,8 +161,9 @@ def find_own(
     for place in places if content is not None else ():
         known = read_about(place / _name_of(content))
         if known is not None and known.content == content:
-            if not _is_made_from(known, path, size):
+            if (path, size, content) not in _FOUND and not _is_made_from(known, path, size):
                 logger.warning("%s has changed, or is gone: its images of before are taken, %s", path, known.folder)
+            _FOUND.add((path, size, content))
             return known
     source = _open_source(path)
     found = (_known(place, source.fingerprint, size) for place in places)
@@ -169,6 +173,7 @@ def find_own(
             f"--dataset {path}: its images ({prepared.content}) are not those of the run ({content}), "
             f"which are not in {places[0]} either"
         )
+    _FOUND.add((path, size, prepared.content))
     return prepared
 
 

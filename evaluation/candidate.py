@@ -14,6 +14,7 @@ from torch import nn
 from data import Split, balanced_subset, find_data_dir, is_path, is_sorted, load_data
 from experiment.build import build_model, load_parts
 from experiment.weights import model_settings, read_weights
+from models.own import content_of_own
 from models.weights import load_weights
 
 
@@ -43,7 +44,7 @@ def load_candidate(path: Path, weights: str | None = None, given: Mapping[str, A
     load_weights(model, chosen.state_dict, str(path))
     model.eval().requires_grad_(False)
     identity = {**settings, "checkpoint": path.name, "sha256": digest, "weights": chosen.kind}
-    identity |= {"weights_key": chosen.key}
+    identity |= {"weights_key": chosen.key, "model_content": content_of_own(settings["model"])}
     return Candidate(model, identity, theirs, chosen.checkpoint)
 
 

@@ -14,11 +14,13 @@ from storage.files import FileError, read_json, write_json
 
 IDENTITY = [*MODEL_SETTINGS, "checkpoint", "sha256", "weights", "norm", "eps", "eps_text", "version", "n", "seed"]
 IDENTITY += ["batch_size"]  # The attacks draw their random numbers a batch at a time.
-IDENTITY += ["weights_key", "images", "test_sha256", "part"]
+IDENTITY += ["weights_key", "images", "test_sha256", "part", "model_content"]
+# Of these what lies elsewhere under a name that stays, and may have changed since; in words. None: not known.
+ELSEWHERE = {"test_sha256": "other test images", "model_content": "other code of the model"}
 # What records of earlier versions lack, with what they were; None where that is not known. What they normalized by is
 # known, as it is of settings (`upgraded`).
 LATER = {"image_size": None, "dataset_content": None, "part": "test"}
-LATER |= {"mean": None, "std": None, "weights_key": None, "images": "first", "test_sha256": None}
+LATER |= {"mean": None, "std": None, "weights_key": None, "images": "first"} | dict.fromkeys(ELSEWHERE)
 # The names in a file under which those versions looked for each kind of weights, and no others.
 KEYS_BEFORE = {
     "average": {"average", "wa_model", "model_state_dict"},
@@ -39,7 +41,7 @@ def same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     both = [LATER | upgraded(record) for record in (one, other)]
     for name in IDENTITY:
         values = [record[name] for record in both]
-        if values[0] == values[1] or (name == "test_sha256" and None in values):
+        if values[0] == values[1] or (name in ELSEWHERE and None in values):
             continue
         if name == "weights_key" and None in values:
             (known,) = (value for value in values if value is not None)
@@ -49,8 +51,12 @@ def same_identity(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return True
 
 
-def _on_other_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return not same_identity(one, other) and same_identity({**one, "test_sha256": None}, other)
+def _changed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What has changed between two records that are of the same evaluation but for what lies elsewhere, in words."""
+    if same_identity(one, other) or not same_identity({**one, **dict.fromkeys(ELSEWHERE)}, other):
+        return []
+    both = {name: {record.get(name) for record in (one, other)} for name in ELSEWHERE}
+    return [words for name, words in ELSEWHERE.items() if len(both[name] - {None}) == 2]
 
 
 def images_of(record: Mapping[str, Any]) -> str:
@@ -97,26 +103,28 @@ class Results:
 
     @property
     def current(self) -> list[dict[str, Any]]:
-        """The finished records but those that a later one replaces: the same on other test images.
+        """The finished records but those that a later one replaces: the same on other test images, or by other code.
 
-        The test data was prepared anew between the two, and what is there now is what counts.
+        The test data was prepared anew between the two, or the file of one's own model edited, and what is there now is
+        what counts.
         """
         return [
             record
             for index, record in enumerate(self.records)
-            if not any(_on_other_images(later, record) for later in self.records[index + 1 :])
+            if not any(_changed(later, record) for later in self.records[index + 1 :])
         ]
 
-    def on_other_images(self, identity: dict[str, Any]) -> bool:
-        """Whether there is a record, finished or not, that is of `identity` but for the test images."""
-        return any(_on_other_images(record, identity) for record in [*self.records, *self._unfinished])
+    def changed(self, identity: dict[str, Any]) -> list[str]:
+        """In words, what has changed since a record, finished or not, that is else of `identity`; [] without one."""
+        found = (_changed(record, identity) for record in [*self.records, *self._unfinished])
+        return next(filter(None, found), [])
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The finished record of `identity`, or None."""
         return next((record for record in self.records if same_identity(record, identity)), None)
 
     def take_up(self, record: dict[str, Any]) -> None:
-        """Make a finished record `current` where a later one has replaced it, since its test images are there again."""
+        """Make a finished record `current` where a later one has replaced it, since what it is of is there again."""
         if record not in self.current:
             records = [*(other for other in self.records if other is not record), record]
             write_json(self.path, records)
@@ -132,7 +140,7 @@ class Results:
         def is_current(other: dict[str, Any]) -> bool:
             same_file = all(other.get(name) == record.get(name) for name in ("checkpoint", "target"))
             replaced = same_file and other["sha256"] != record["sha256"]
-            return not replaced and not same_identity(other, record) and not _on_other_images(other, record)
+            return not replaced and not same_identity(other, record) and not _changed(other, record)
 
         self._unfinished = [*filter(is_current, self._unfinished), record]
         write_json(self.unfinished_path, self._unfinished)

@@ -1,6 +1,6 @@
 """A run's images in its settings: a dataset's name, or one's own images and what there is to know of them.
 
-For settings.py and for whoever is given a model's flags. The images themselves are found by data/own.py.
+For train.py's settings and for whoever is given a model's flags. The images themselves are found by data/own.py.
 """
 
 import argparse

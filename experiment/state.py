@@ -31,17 +31,8 @@ from experiment.folder import Experiment, Loaded, Onlooker
 from experiment.metrics import Meter
 from experiment.processes import Processes
 from experiment.schedules import SCHEDULES
-from experiment.settings import (
-    ACTIONS,
-    LENGTHS,
-    PLACE,
-    as_swish_models_do,
-    check_settings,
-    check_stored,
-    flag_of,
-    upgraded,
-    with_lengths,
-)
+from experiment.settings import ACTIONS, LENGTHS, PLACE, check_settings, check_stored, upgraded, with_lengths
+from experiment.train_flags import as_swish_models_do, flag_of
 from experiment.weights import check_own
 from models.own import content_of_own
 from models.weights import load_weights

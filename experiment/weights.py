@@ -17,15 +17,8 @@ from experiment import flags
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
 from experiment.images import add_dataset_flags, resolve_images
-from experiment.settings import (
-    add_normalization_flags,
-    as_swish_models_do,
-    check_settings,
-    flag_of,
-    resolve_normalization,
-    upgraded,
-    with_own_model,
-)
+from experiment.settings import check_settings, resolve_normalization, upgraded
+from experiment.train_flags import add_normalization_flags, as_swish_models_do, flag_of, with_own_model
 from models.own import check_used, content_of_own, is_own
 from models.weights import load_weights, statistics_of
 from storage.files import FileError

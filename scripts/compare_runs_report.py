@@ -39,7 +39,8 @@ from evaluation.environment import device_name
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
-from experiment.settings import PLACE, parse, resolve
+from experiment.settings import PLACE, resolve
+from experiment.train_flags import parse
 from storage.files import read_json, write_json
 
 PASSES = 20

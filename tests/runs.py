@@ -15,6 +15,8 @@ from evaluation.results import IDENTITY, Results
 from experiment import flags
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
+from experiment.settings import resolve
+from experiment.train_flags import parse
 
 # Three steps an epoch, the last with fewer images; an untrained model is right on some images by chance, and at this
 # temperature that is enough for boundary points.
@@ -59,7 +61,7 @@ def finished_run(folder: Path, argv: list[str], clean: float, robust: dict[str, 
     robust: the accuracy by radius. record: what else stands in each record of eval.py.
     """
     if not folder.exists():
-        settings = train.resolve(train.parse(argv))
+        settings = resolve(parse(argv))
         with Experiment.create(folder.parent, folder.name, settings, echo=print) as experiment:
             row = {"epoch": 1, "stage": settings["method"], "found": 0.5, "val_clean": 0.25, "val_robust": 0.125}
             experiment.append_metrics(row | {"seconds": 2.0})

@@ -17,7 +17,7 @@ from torch import nn
 
 from data.files import Split, write_split
 from dyart import NORMS, find_boundary, margin_gradient_weights
-from experiment import flags, settings
+from experiment import flags, settings, train_flags
 from experiment.build import build_model
 from tests.runs import run_training, tiny
 
@@ -35,7 +35,7 @@ A_FLAG = re.compile(r"--\w|-\w$|-\w ")
 
 # Whose flags a command takes; a shell script hands them on.
 PARSERS = {name: importlib.import_module(name).build_parser for name in ("eval", "analyze", "bench", "export")}
-PARSERS["train"] = settings.build_parser
+PARSERS["train"] = train_flags.build_parser
 HANDS_ON = {"eval": "eval", "analyze": "analyze", "resume": "train"}
 
 
@@ -393,7 +393,7 @@ def test_models_of_timm_as_shown(tmp_path):
     pytest.importorskip("timm")
     (tmp_path / "nets.py").write_text(shown(EXTENDING, "# own: nets.py"))
     for function in ("small", "normalized"):
-        values = settings.resolve(settings.parse(["--model", f"{tmp_path / 'nets.py'}:{function}"]))
+        values = settings.resolve(train_flags.parse(["--model", f"{tmp_path / 'nets.py'}:{function}"]))
         model = build_model(values).eval()
         x = torch.rand(1, 3, 32, 32)
         mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -21,7 +21,7 @@ from torch import nn
 import eval as eval_script
 import export
 from evaluation.candidate import sha256
-from experiment import settings
+from experiment import settings, train_flags
 from experiment.build import build_model
 from experiment.folder import Experiment
 from models import create_model
@@ -33,7 +33,7 @@ MODEL = "wrn-16-1-swish"
 
 
 def run_settings(*argv: str) -> dict[str, Any]:
-    given = settings.parse(["--dataset", "cifar10", "--model", MODEL, "--method", "at", "--device", "cpu", *argv])
+    given = train_flags.parse(["--dataset", "cifar10", "--model", MODEL, "--method", "at", "--device", "cpu", *argv])
     return settings.resolve(given)
 
 
@@ -192,7 +192,7 @@ def test_the_training_command_of_a_claim_resolves_to_the_runs_settings(argv):
     values = run_settings(*argv)
     python, script, *words = shlex.split(export.train_command(values))
     assert (python, script) == ("python", "train.py")
-    again = settings.resolve(settings.parse(words))
+    again = settings.resolve(train_flags.parse(words))
     assert {k: v for k, v in again.items() if k not in settings.PLACE} == {
         k: v for k, v in values.items() if k not in settings.PLACE
     }

@@ -1,7 +1,9 @@
 """Models of one's own: from a file or a module, looked at before they are trained, not run because a file says so."""
 
+import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from company import largest_difference, train_together
 from evaluations import ShortAutoAttack
 from runs import contents, differences, files, refusal, run_training, tiny
 from safetensors.torch import load_file, save_file
@@ -19,12 +22,17 @@ import analyze
 import bench
 import eval as eval_script
 import export
+from analysis.subject import autoattack_points
 from evaluation import attack
+from evaluation.candidate import load_candidate
+from evaluation.results import Results
 from experiment.build import build_model, build_optimizer, stages_of
 from experiment.checkpoint import load_checkpoint
-from experiment.settings import default_name, parse, resolve
+from experiment.folder import Experiment
+from experiment.settings import default_name, resolve
+from experiment.train_flags import parse
 from models import create_model
-from models.own import check_model, check_used, short_name, use_own
+from models.own import check_used, short_name
 from models.weights import load_weights
 
 ROOT = Path(__file__).parents[1]
@@ -316,6 +324,33 @@ def test_all_scripts_work_on_it(trained, tmp_path, monkeypatch, capsys):
         assert "nets.py:small" in (tmp_path / f"as-{suffix}.md").read_text()
 
 
+def test_records_are_of_the_code_that_made_the_model(trained, tmp_path, monkeypatch, capsys):
+    """A record does not pass for one of edited code, whose weights are the same; and counts again when it is back."""
+    monkeypatch.setattr(attack, "AutoAttack", ShortAutoAttack)
+    folder, path = trained
+    copy = shutil.copytree(folder, tmp_path / "run")
+    edited = written(tmp_path / "edited", GOOD.replace(".mean((2, 3))", ".amax((2, 3))"))
+    small = ["--n", "4", "--batch-size", "4", "--device", "cpu", "--eps", "1", "--version", "custom"]
+
+    def evaluated(code: Path) -> tuple[str, list[str]]:
+        capsys.readouterr()
+        assert eval_script.main([str(copy), *own(code), *small]) == 0
+        return capsys.readouterr().out, [r["model_content"] for r in Results(copy / "autoattack").current]
+
+    before, after = (hashlib.sha256(code.read_bytes()).hexdigest() for code in (path, edited))
+    assert evaluated(path)[1] == [before]
+    for code, cited in ((path, 1), (edited, 0)):
+        identity = load_candidate(copy / "best.pt", None, {"model": f"{code}:small"}).identity
+        assert len(autoattack_points(copy, identity, "Linf")) == cited
+        export.main([str(copy), str(tmp_path / "out.pt"), *own(code), "--force"])
+        assert (tmp_path / "out.md").read_text().count("| AutoAttack custom") == cited
+    said, current = evaluated(edited)
+    assert "what was found before is of other code of the model; starting again" in said and current == [after]
+    said, current = evaluated(path)
+    assert "as evaluated before" in said and current == [before]
+    assert len(Results(copy / "autoattack").records) == 2
+
+
 def test_an_evaluation_by_several_processes_finds_the_same(trained, tmp_path):
     """Their models come by pickle, whose classes stand in the file."""
     folder, path = trained
@@ -519,13 +554,41 @@ def test_an_exported_model_loads_as_its_card_says(trained, tmp_path, monkeypatch
     assert load_file(tmp_path / "out.safetensors").keys() == average.keys()
 
 
-def test_compile_works_with_it(tmp_path):
+def test_a_run_that_is_compiled_goes_on_and_is_one_like_others(tmp_path, monkeypatch):
     """Without a compiler: torch.compile's own tracing of a model that stands in a file."""
-    use_own(f"{written(tmp_path)}:small")
-    torch.manual_seed(0)
-    model = create_model("nets.py:small", 10)
-    x = torch.rand(4, 3, 32, 32)
-    expected = model.eval()(x)
-    model.compile(backend="eager")
-    torch.testing.assert_close(model(x), expected)
-    check_model(model, "nets.py:small", 10, (32, 32))
+    compiled, compile_ = [], nn.Module.compile
+    monkeypatch.setattr("experiment.flags.check_compile", lambda device: None)
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self: (compiled.append(type(self).__name__), compile_(self, backend="eager"))
+    )
+    argv = tiny(tmp_path, *own(written(tmp_path / "code")), "--scheduler", "constant", "--seed", "1")
+    for name, flag in (("plain", "false"), ("compiled", "true")):
+        assert run_training(*argv, "--name", name, "--epochs", "1", "--compile", flag) == 0
+        resumed = ["--resume", str(tmp_path / name), *own(tmp_path / "code" / "nets.py"), "--epochs", "2"]
+        assert run_training(*resumed, "--compile", flag) == 0
+    assert compiled == ["Net", "Net"]
+    assert largest_difference(tmp_path / "compiled", tmp_path / "plain") < 1e-5
+    states = [load_checkpoint(tmp_path / name / "best.pt")["average"] for name in ("plain", "compiled")]
+    assert states[0].keys() == states[1].keys()
+
+
+def test_several_processes_train_it_as_one_does_and_the_scripts_take_the_run(tmp_path, monkeypatch):
+    """Over gloo, with GroupNorm, cut and resumed; without dropout, which draws in each process for itself."""
+    monkeypatch.setattr(attack, "AutoAttack", ShortAutoAttack)
+    path = written(tmp_path / "code", GOOD.replace("nn.Dropout(0.2)", "nn.Identity()"))
+    argv = [*own(path), "--group-norm", "--scheduler", "constant", "--channels-last", "false"]
+    for size in (1, 2):
+        root = tmp_path / str(size)
+        assert train_together(size, tiny(root, *argv, "--epochs", "1"), root) == [0] * size
+        assert train_together(size, ["--resume", str(root / "run"), *own(path), "--epochs", "2"], root) == [0] * size
+    folders = [tmp_path / size / "run" for size in ("1", "2")]
+    assert largest_difference(*folders) < 1e-3
+    assert [row["epoch"] for row in Experiment.open(folders[1]).read_metrics()] == [1, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr("models.own._USED", {})
+        refused = train_together(2, ["--resume", str(folders[1])], tmp_path / "2")
+    assert refused == [2, 2] and "give --model" in (tmp_path / "2" / "rank-0.txt").read_text()
+    small = ["--n", "4", "--eps", "1", "--version", "custom", "--device", "cpu"]
+    assert eval_script.main([str(folders[1]), *own(path), *small]) == 0
+    assert export.main([str(folders[1]), str(tmp_path / "out.safetensors"), *own(path)]) == 0
+    assert "norm.weight" in load_file(tmp_path / "out.safetensors")

@@ -21,7 +21,7 @@ from data import find_images, own
 from evaluation import attack
 from evaluation.candidate import load_candidate, load_test
 from evaluation.results import Results
-from experiment import settings
+from experiment import settings, train_flags
 from experiment.build import load_splits
 from experiment.checkpoint import load_checkpoint
 from tests.evaluations import ShortAutoAttack
@@ -69,7 +69,7 @@ def test_all_scripts_work_on_a_folder_of_pngs(tmp_path, short_attacks, capsys):
     # Each command of the claim does what it says.
     capsys.readouterr()
     _, training, _, evaluation = text.split("```")[1].strip().splitlines()
-    resolved = settings.resolve(settings.parse(training.split()[2:]))
+    resolved = settings.resolve(train_flags.parse(training.split()[2:]))
     assert resolved == {**stored, **{name: resolved[name] for name in settings.PLACE}}
     words = evaluation.replace("out.pt", str(tmp_path / "out.pt")).split()[2:]
     assert eval_script.main(words) == 0
@@ -91,7 +91,7 @@ def test_bench_measures_own_images_of_a_checkpoint_and_of_no_model_yet(tmp_path,
     assert subject["weights"]["dataset_content"].startswith("4x16x16-")
 
 
-def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(tmp_path, caplog):
+def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(tmp_path, caplog, monkeypatch):
     dataset = photos(tmp_path)
     straight = own_run(tmp_path / "a", dataset, "--scheduler", "constant")
     assert run_training(*straight, "--epochs", "2") == 0
@@ -99,6 +99,7 @@ def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(t
     assert run_training(*cut) == 0
     run = tmp_path / "b" / "run"
     fill(dataset / "train", seed=7)
+    monkeypatch.setattr(own, "_FOUND", set())  # in another process
     assert run_training("--resume", str(run), "--epochs", "2") == 0
     assert "has changed, or is gone" in caplog.text
     assert differences(contents(tmp_path / "a" / "run"), contents(run)) == []
@@ -117,6 +118,18 @@ def test_a_run_goes_on_exactly_also_where_its_folder_has_changed_moved_or_gone(t
     expected = contents(tmp_path / "a" / "run")
     del expected["args.yaml"]
     assert [line for line in differences(expected, found) if "settings/dataset" not in line] == []
+
+
+def test_a_folder_is_looked_into_once_in_a_process(tmp_path, monkeypatch):
+    """It takes seconds where there are a million files."""
+    looks, look = [], own.ImageFolder.__init__
+    monkeypatch.setattr(own.ImageFolder, "__init__", lambda self, path: (looks.append(path), look(self, path))[1])
+    command = own_run(tmp_path, photos(tmp_path), "--scheduler", "constant", "--epochs", "1")
+    for argv in (command, ["--resume", str(tmp_path / "run"), "--epochs", "2"]):
+        monkeypatch.setattr(own, "_FOUND", set())
+        looks.clear()
+        assert run_training(*argv) == 0
+        assert len(looks) == 1
 
 
 def test_other_images_than_the_runs_are_refused_on_resume(tmp_path, capsys):
@@ -156,7 +169,7 @@ def test_without_test_images_it_is_said_what_to_do_and_each_way_works(tmp_path, 
 
 def test_held_out_images_are_not_trained_on_and_are_those_judged_by(tmp_path, short_attacks):
     dataset = photos(tmp_path, each=10)
-    resolved = settings.resolve(settings.parse(own_run(tmp_path, dataset, "--held-out", "0.3")))
+    resolved = settings.resolve(train_flags.parse(own_run(tmp_path, dataset, "--held-out", "0.3")))
     data = load_splits(resolved)
     assert torch.bincount(data.validation.labels).tolist() == [3] * 4 and len(data.train.labels) == 28
     both = torch.cat([data.train.images, data.validation.images]).flatten(1)
@@ -175,11 +188,11 @@ def test_held_out_images_are_not_trained_on_and_are_those_judged_by(tmp_path, sh
 def test_val_beside_test_is_validated_on_unless_a_share_is_asked_for(tmp_path):
     dataset = photos(tmp_path)
     fill(dataset / "val", each=2, seed=9)
-    resolved = settings.resolve(settings.parse(own_run(tmp_path, dataset)))
+    resolved = settings.resolve(train_flags.parse(own_run(tmp_path, dataset)))
     data = load_splits(resolved)
     assert resolved["held_out"] is None and len(data.train.labels) == 24
     assert (data.validation.images.numpy() == images_of(dataset, "val")).all()
-    data = load_splits(settings.resolve(settings.parse(own_run(tmp_path, dataset, "--held-out", "0.5"))))
+    data = load_splits(settings.resolve(train_flags.parse(own_run(tmp_path, dataset, "--held-out", "0.5"))))
     assert len(data.train.labels) == len(data.validation.labels) == 12
 
 

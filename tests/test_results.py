@@ -95,7 +95,7 @@ def test_other_test_images_are_another_evaluation(tmp_path, toy, digits):
     store.save({**identity(test_sha256="1" * 64), "date": "now"})
     assert store.unfinished(identity(test_sha256="1" * 64)) is not None
     assert store.unfinished(identity(test_sha256="2" * 64)) is None
-    assert store.on_other_images(identity(test_sha256="2" * 64)) and not store.on_other_images(identity(n=7))
+    assert store.changed(identity(test_sha256="2" * 64)) == ["other test images"] and not store.changed(identity(n=7))
     # What is found on the new images takes the place of what was unfinished, and of the record for those who read it.
     store.save({**identity(test_sha256="2" * 64), "date": "now"})
     assert store.unfinished(identity(test_sha256="1" * 64)) is None

@@ -28,7 +28,8 @@ import analyze
 import train
 from experiment.checkpoint import load_checkpoint, save_checkpoint
 from experiment.folder import Experiment
-from experiment.settings import LATER, flag_of
+from experiment.settings import LATER
+from experiment.train_flags import flag_of
 
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 

@@ -12,7 +12,7 @@ from runs import refusal, run_training, tiny
 
 import eval as eval_script
 import train
-from experiment import build, settings
+from experiment import build, settings, train_flags
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
 from storage.files import FileError
@@ -190,21 +190,21 @@ RELEASED = {
 @pytest.mark.parametrize(("command", "expected"), [*OURS.items(), *RELEASED.items()])
 def test_a_command_line_resolves_to_the_recipe(command, expected, monkeypatch):
     monkeypatch.chdir(ROOT)  # for --data-dir data/
-    assert settings.resolve(settings.parse(shlex.split(command))) == CIFAR10 | expected
+    assert settings.resolve(train_flags.parse(shlex.split(command))) == CIFAR10 | expected
 
 
 def test_released_booleans_are_read_in_every_spelling():
     for text in ("True", "true", "TRUE", "yes", "1", "on"):
-        assert settings.parse(["--nesterov", text])["nesterov"] is True
+        assert train_flags.parse(["--nesterov", text])["nesterov"] is True
     for text in ("False", "false", "no", "0", "off"):
-        assert settings.parse(["--nesterov", text])["nesterov"] is False
-    assert settings.parse(["--GroupNorm"]) == {"group_norm": True}
+        assert train_flags.parse(["--nesterov", text])["nesterov"] is False
+    assert train_flags.parse(["--GroupNorm"]) == {"group_norm": True}
 
 
 def test_the_released_spelling_of_resume():
-    assert settings.parse(["--resume", "True", "--resume_fname", "runs/a"]) == {"resume": "runs/a"}
-    assert settings.parse(["--resume", "False", "--resume_fname", "runs/a"]) == {}
-    assert settings.parse(["--resume", "runs/a"]) == {"resume": "runs/a"}
+    assert train_flags.parse(["--resume", "True", "--resume_fname", "runs/a"]) == {"resume": "runs/a"}
+    assert train_flags.parse(["--resume", "False", "--resume_fname", "runs/a"]) == {}
+    assert train_flags.parse(["--resume", "runs/a"]) == {"resume": "runs/a"}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_dry_run_prints_the_settings_and_touches_nothing(tmp_path, monkeypatch
 
 def test_what_is_written_in_args_yaml_is_accepted_again(tmp_path):
     for command in [*OURS, *RELEASED]:
-        settings.check_stored(settings.resolve(settings.parse(shlex.split(command))), "args.yaml")
+        settings.check_stored(settings.resolve(train_flags.parse(shlex.split(command))), "args.yaml")
     for name, value, message in [
         ("lr", -1.0, "--lr: '-1.0' is not a number above 0"),
         ("model", "wrn-9-9", "wrn-9-9"),
@@ -251,7 +251,7 @@ def test_what_is_written_in_args_yaml_is_accepted_again(tmp_path):
 
 def test_a_folders_name_tells_what_differs_from_the_recipe():
     def name(command: str) -> str:
-        return settings.default_name(settings.resolve(settings.parse(shlex.split(command))))
+        return settings.default_name(settings.resolve(train_flags.parse(shlex.split(command))))
 
     assert name("") == "cifar10-dyart-wrn-28-10-swish"
     assert name("--group-norm --lr 0.1 --device cpu") == "cifar10-dyart-wrn-28-10-swish-groupnorm"
@@ -334,7 +334,7 @@ FREE = {"model-content", "data-dir", "cache-dir", "aux-data-content", "help"}  #
 
 def test_every_flag_has_bad_values_here():
     flags = {
-        flag[2:] for action in settings.build_parser()._actions for flag in action.option_strings if flag[:2] == "--"
+        flag[2:] for action in train_flags.build_parser()._actions for flag in action.option_strings if flag[:2] == "--"
     }
     assert set(BAD) == flags - FREE
 
@@ -416,7 +416,7 @@ def test_every_part_is_reached_from_the_command_line(flags, tmp_path):
     small = "--train-subset 16 --validation-size 4 --validation-attack-iter 1 --attack-iter 2 --epochs 1"
     assert run_training(*tiny(tmp_path, *small.split(), *flags.split())) == 0
     experiment = Experiment.open(tmp_path / "run")
-    chosen = settings.parse(flags.split())
+    chosen = train_flags.parse(flags.split())
     assert {name: experiment.settings[name] for name in chosen} == chosen
     (row,) = experiment.read_metrics()
     assert np.isfinite(row["loss"]) and row["lr"] > 1e-3
@@ -425,7 +425,9 @@ def test_every_part_is_reached_from_the_command_line(flags, tmp_path):
 
 
 def test_cifar100_has_a_model_of_100_classes():
-    chosen = settings.resolve(settings.parse(["--data", "cifar100", "--model=wrn-10-1", "--normalize", "--GroupNorm"]))
+    chosen = settings.resolve(
+        train_flags.parse(["--data", "cifar100", "--model=wrn-10-1", "--normalize", "--GroupNorm"])
+    )
     model = build.build_model(chosen)
     assert model(torch.rand(2, 3, 32, 32)).shape == (2, 100)
     assert any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
@@ -435,7 +437,7 @@ def test_generated_data_makes_epochs_of_the_full_training_size(tmp_path):
     rng = np.random.default_rng(0)
     file = tmp_path / "generated.npz"
     np.savez(file, image=rng.integers(256, size=(20, 32, 32, 3), dtype=np.uint8), label=rng.integers(10, size=20))
-    chosen = settings.resolve(settings.parse(["--dataset", "digits", "--aux-data-filename", str(file)]))
+    chosen = settings.resolve(train_flags.parse(["--dataset", "digits", "--aux-data-filename", str(file)]))
     data = build.load_splits(chosen | {"batch_size": 100})
     # Of 1,397 training images 200 are held out: 14 batches, which by those left would be 12.
     assert len(data.train.labels) == 1197 and data.generated["steps_per_epoch"] == 14

@@ -11,7 +11,8 @@ from torch import nn
 
 from experiment.build import build_model
 from experiment.checkpoint import save_checkpoint
-from experiment.settings import parse, resolve
+from experiment.settings import resolve
+from experiment.train_flags import parse
 from experiment.weights import load_pretrained
 from models import create_model
 
