@@ -346,7 +346,7 @@ def trained():
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
         models[name] = copy.deepcopy(model)
-    return models, to_input(test.images[:64]), test.labels[:64]
+    return models, to_input(test.images[:128]), test.labels[:128]
 
 
 def robust_gradient(model, x, y, **options):
@@ -357,7 +357,7 @@ def robust_gradient(model, x, y, **options):
 
 
 # The least cosine with the exact gradient, the least and the most of its norm as a multiple. Measured, by number of
-# linearizations: after clean training 0.960, 1.68 (1) and 0.987, 1.13 (3); after DyART 0.948, 1.08 and 0.958, 1.06.
+# linearizations: after clean training 0.986, 1.58 (1) and 0.993, 1.11 (3); after DyART 0.952, 0.95 and 0.986, 1.02.
 NEAR = {
     ("clean", 1): (0.92, 1.2, 2.0),
     ("clean", 3): (0.96, 0.95, 1.3),
@@ -366,11 +366,19 @@ NEAR = {
 }
 
 
+@pytest.fixture(scope="module")
+def exact_gradients(trained):
+    """The gradient of the robust term at boundary points of a long search, by weights."""
+    models, x, y = trained
+    exact = {"search": "fast", "steps": 20, "high_quality": False}
+    return {name: robust_gradient(model, x, y, **exact) for name, model in models.items()}
+
+
 @pytest.mark.parametrize(("weights", "steps"), NEAR)
-def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(trained, weights, steps):
+def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(trained, exact_gradients, weights, steps):
     models, x, y = trained
     cosine, least, most = NEAR[weights, steps]
-    exact = robust_gradient(models[weights], x, y, search="fast", steps=20, high_quality=False)
+    exact = exact_gradients[weights]
     cheap = robust_gradient(models[weights], x, y, **SHARED, steps=steps)
     assert F.cosine_similarity(cheap, exact, dim=0) > cosine
     assert least < cheap.norm() / exact.norm() < most
@@ -388,7 +396,7 @@ def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights, steps, 
     pixels = boundary.x.clone().requires_grad_(True)
     (exact,) = torch.autograd.grad(soft_logit_margin(model(pixels), y).sum(), pixels)
     ratio = (margin_gradient_weights(boundary) * exact.abs().sum((1, 2, 3)))[boundary.found]
-    assert len(ratio) > 40
+    assert len(ratio) > 80
     assert ratio.median().item() == pytest.approx(1, abs=off)
 
 

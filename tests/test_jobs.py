@@ -36,7 +36,7 @@ import eval as eval_script
 from data import Split
 from evaluation import attack
 from evaluation import jobs as jobs_module
-from evaluation.environment import versions
+from evaluation.environment import device_name, versions
 from evaluation.results import IDENTITY, Results
 
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
@@ -204,7 +204,7 @@ def test_jobs_refuse_damaged_progress_in_one_line(folder, monkeypatch):
         patch.setattr(jobs_module, "evaluate", note)
         assert eval_script.main([str(folder), *SEVERAL]) == 130
     path = folder / "autoattack.unfinished.json"
-    kind = {"device": "cpu", "versions": versions()}
+    kind = {"device": device_name(torch.device("cpu")), "versions": versions()}
     path.write_text(json.dumps([record | identities[0] | kind | {"robust": "2"}]))
     with pytest.raises(ValueError, match=r"autoattack\.unfinished\.json: damaged; remove it[^\n]+$"):
         eval_script.main([str(folder), *SEVERAL, "--jobs", "2"])

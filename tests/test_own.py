@@ -341,7 +341,7 @@ def test_records_are_of_the_code_that_made_the_model(trained, tmp_path, monkeypa
     assert evaluated(path)[1] == [before]
     for code, cited in ((path, 1), (edited, 0)):
         identity = load_candidate(copy / "best.pt", None, {"model": f"{code}:small"}).identity
-        assert len(autoattack_points(copy, identity, "Linf")) == cited
+        assert len(autoattack_points(Results(copy / "autoattack"), identity, "Linf")) == cited
         export.main([str(copy), str(tmp_path / "out.pt"), *own(code), "--force"])
         assert (tmp_path / "out.md").read_text().count("| AutoAttack custom") == cited
     said, current = evaluated(edited)
