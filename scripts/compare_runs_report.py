@@ -18,7 +18,6 @@ to mean something else, nothing is compared.
 """
 
 import argparse
-import hashlib
 import re
 import shlex
 import statistics
@@ -31,10 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from analysis.budget import spent
-from analysis.measure import batches
+from analysis.curve import measure_distances
 from data import first_examples
-from dyart import minimum_norm_attack
-from evaluation.candidate import load_candidate, load_part
+from evaluation.candidate import load_candidate, load_part, sha256
 from evaluation.environment import device_name
 from evaluation.results import Results
 from experiment import flags
@@ -76,7 +74,7 @@ class Comparison:
         if resolved["aux_data_filename"] is not None:
             settings["aux_data_filename"] = Path(resolved["aux_data_filename"]).name
         if resolved["pretrained"] is not None:
-            settings["pretrained_sha256"] = hashlib.sha256(Path(resolved["pretrained"]).read_bytes()).hexdigest()
+            settings["pretrained_sha256"] = sha256(Path(resolved["pretrained"]))
         return settings
 
     def todo(self) -> list[str]:
@@ -112,13 +110,11 @@ class Comparison:
     def _margins(self, experiment: Experiment) -> dict[str, Any]:
         candidate = load_candidate(experiment.folder / "latest.pt", None, {})
         settings = {**experiment.settings, "validation_size": None}
-        split, norm, distances = load_part(settings, "validation"), settings["norm"], []
-        for x, y in batches(first_examples(split, self.content["images"], 0), 128, candidate.model):
-            distances.append(minimum_norm_attack(candidate.model, x, y, norm=norm, passes=PASSES).distance)
-        distance = torch.cat(distances)
+        split, norm = first_examples(load_part(settings, "validation"), self.content["images"], 0), settings["norm"]
+        distance = measure_distances(candidate.model, split, norm, PASSES, 128, experiment.folder.name)
         radii = [flags.length(text, norm, "radii") for text in self.content["radii"]]
-        robust = {eps.text: round(100 * (distance > eps.value).double().mean().item(), 3) for eps in radii}
-        return {"clean": round(100 * (distance > 0).double().mean().item(), 3), **robust}
+        robust = {eps.text: round(100 * float((distance > eps.value).mean()), 3) for eps in radii}
+        return {"clean": round(100 * float((distance > 0).mean()), 3), **robust}
 
     def _autoattack(self, experiment: Experiment) -> dict[str, Any]:
         records = Results(experiment.folder / "autoattack").current
