@@ -156,16 +156,24 @@ def _falling_overshoot(step: int, left: float | Tensor, found: Tensor) -> Tensor
 
 
 def turn(
-    x: Tensor, move: Tensor, normal: Tensor | None, value: Tensor, grad: Tensor, norm: Norm, weight: float | Tensor
+    x: Tensor,
+    move: Tensor,
+    normal: Tensor | None,
+    value: Tensor,
+    grad: Tensor,
+    norm: Norm,
+    weight: float | Tensor,
+    latest: float = 0.5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the moves (n, d) from x by what is known of Φ at x + move: one step of the fast search.
 
     Returns the moves, the factors (n,) that bring them onto the boundary of the linearized Φ, and the average of the
-    gradients met so far, which the next step wants for `normal`; the first has None.
+    gradients met so far, in which the latest has the weight `latest`; the next step wants it for `normal`, the first
+    has None.
     """
     steepness = norm.dual(grad).clamp_min(tiny(x))
     unit = grad / steepness[:, None]
-    normal = unit if normal is None else (normal + unit) / 2
+    normal = unit if normal is None else (1 - latest) * normal + latest * unit
     gain = (unit * move).sum(1) - value / steepness
     move = (1 - weight) * move + weight * norm.project(x, normal, gain)
     onto = (gain / (unit * move).sum(1)).nan_to_num(nan=1.0).clamp(0.5, 2)

@@ -12,8 +12,7 @@ cd "$ROOT"
 
 started=$SECONDS
 folder="experiments/quickstart-$(date +%Y%m%d-%H%M%S)"
-"$PYTHON" train.py --dataset cifar10 --model wrn-10-1-swish \
-    --train-subset 12800 --batch-size 128 --burn-in-batch-size 128 --burn-in-epochs 4 --epochs 2 --scheduler cyclic \
+"$PYTHON" train.py --dataset cifar10 --model wrn-10-1-swish --recipe short --train-subset 12800 --epochs 3 \
     --validation-size 256 --validation-attack-iter 10 --attack-eps 4/255 \
     --output-dir "$(dirname "$folder")" --name "$(basename "$folder")" --if-exists stop
 "$PYTHON" eval.py "$folder" --checkpoint burn_in.pt best.pt --eps 2 4 8 --n 128 --batch-size 128 --version custom \

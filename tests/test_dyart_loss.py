@@ -357,12 +357,15 @@ def robust_gradient(model, x, y, **options):
 
 
 # The least cosine with the exact gradient, the least and the most of its norm as a multiple. Measured, by number of
-# linearizations: after clean training 0.986, 1.58 (1) and 0.993, 1.11 (3); after DyART 0.952, 0.95 and 0.986, 1.02.
+# linearizations: after clean training 0.986, 1.58 (1), 0.992, 1.16 (2) and 0.995, 1.11 (3); after DyART 0.962, 0.99 and
+# 0.991, 1.14 and 0.991, 1.11.
 NEAR = {
     ("clean", 1): (0.92, 1.2, 2.0),
-    ("clean", 3): (0.96, 0.95, 1.3),
-    ("dyart", 1): (0.91, 0.85, 1.3),
-    ("dyart", 3): (0.93, 0.9, 1.25),
+    ("clean", 2): (0.96, 0.95, 1.35),
+    ("clean", 3): (0.97, 0.95, 1.3),
+    ("dyart", 1): (0.92, 0.85, 1.3),
+    ("dyart", 2): (0.96, 0.9, 1.3),
+    ("dyart", 3): (0.96, 0.9, 1.25),
 }
 
 
@@ -384,9 +387,9 @@ def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(trained, 
     assert least < cheap.norm() / exact.norm() < most
 
 
-# The most that the median of the weights may be off. Measured: 1.114, 1.001, 1.040, 1.019.
+# The most that the median of the weights may be off. Measured: 1.114, 1.014, 1.088, 1.052.
 @pytest.mark.parametrize(
-    ("weights", "steps", "off"), [("clean", 1, 0.2), ("clean", 2, 0.03), ("dyart", 1, 0.2), ("dyart", 2, 0.05)]
+    ("weights", "steps", "off"), [("clean", 1, 0.2), ("clean", 2, 0.03), ("dyart", 1, 0.2), ("dyart", 2, 0.1)]
 )
 def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights, steps, off):
     """1 / ‖∇_x Φ‖ of the linearization before x̂, which costs nothing, against that at x̂."""
