@@ -14,13 +14,15 @@ FILE.json says what is compared, and takes what came of it:
 - `against`: the variant that the others are compared with, seed by seed, or null; whatever else it says is kept.
 
 A run is finished where FILE.json has it. What a variant's flags stood for is kept there as well: where they have come
-to mean something else, nothing is compared.
+to mean something else, nothing is compared. Of each run there is the commit that trained it, and where those differ
+the table says so.
 """
 
 import argparse
 import re
 import shlex
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,22 @@ from experiment.settings import PLACE, resolve
 from experiment.train_flags import parse
 from storage.files import read_json, write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 PASSES = 20
 # Settings on which a comparison does not depend: where and how, and what differs between the runs of a variant.
 LEFT_OUT = (*PLACE, "seed", "pretrained")
+# The code that decides what comes out of a training.
+CODE = ("train.py", "dyart", "experiment", "models", "data")
+
+
+def trained_by() -> str | None:
+    """The last commit of the code that trains, with "+" where files of it differ; None outside of a clone."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words, "--", *CODE], capture_output=True, text=True).stdout.strip()
+
+    commit = git("log", "-1", "--format=%h", "--abbrev=7")
+    return commit + "+" * bool(git("status", "--porcelain")) if commit else None
 
 
 class Comparison:
@@ -103,6 +118,7 @@ class Comparison:
         run |= {
             "training_seconds": round(sum(row["seconds"] for row in rows)),
             "machine": device_name(torch.device(settings["device"])),
+            "code": trained_by(),
         }
         run["validation"] = [[round(100 * row[key], 1) for key in ("val_clean", "val_robust")] for row in rows]
         write_json(self.folder / name / "compared.json", run)
@@ -133,7 +149,10 @@ class Comparison:
         self.runs.sort(key=lambda run: (order.index(run["variant"]), run["seed"]))
 
     def table(self) -> list[str]:
-        """Means and standard deviations over the seeds, in %; of differences at the same seed the standard error."""
+        """Means and standard deviations over the seeds, in %; of differences at the same seed the standard error.
+
+        Below them, where the runs were not all trained by the same code, which commit trained which.
+        """
         against, names = self.content.get("against"), list(self.runs[0]["accuracy"])
         by_seed = {variant: self._by_seed(variant) for variant in self.content["variants"]}
         rows: dict[str, list[dict[str, float]]] = {variant: list(runs.values()) for variant, runs in by_seed.items()}
@@ -157,6 +176,11 @@ class Comparison:
             spent_here = [run["spent"] for run in runs if run.get("spent") is not None]
             cells += [str(n), f"{statistics.mean(spent_here):.1f}" if spent_here else ""]
             lines.append("| " + " | ".join([label, *cells]) + " |")
+        by_code: dict[str, list[str]] = {}
+        for run in self.runs:
+            by_code.setdefault(run.get("code") or "code not known", []).append(f"{run['variant']}-{run['seed']}")
+        if len(by_code) > 1:
+            lines += ["", "not trained by one code:", *(f"  {code}: {', '.join(of)}" for code, of in by_code.items())]
         return lines
 
     def _by_seed(self, variant: str) -> dict[int, dict[str, float]]:

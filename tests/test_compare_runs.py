@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,11 +19,17 @@ TRAIN = "--dataset digits --model wrn-10-1-swish --train-subset 16 --batch-size 
 
 
 @pytest.fixture
-def report(tmp_path, monkeypatch, capsys):
-    """report(content, words...): what the script prints of a file with this content, and what the file holds then."""
+def script():
+    """scripts/compare_runs_report.py as a module."""
     spec = importlib.util.spec_from_file_location("report", ROOT / "scripts" / "compare_runs_report.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def report(script, tmp_path, monkeypatch, capsys):
+    """report(content, words...): what the script prints of a file with this content, and what the file holds then."""
     file = tmp_path / "compared.json"
 
     def call(content, *words):
@@ -107,3 +114,35 @@ def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_pa
         report(comparison(variants={"a b": ""}), "--todo")
     with pytest.raises(ValueError, match="has no finished runs"):
         report(comparison(variants={"other": ""}, against=None))
+
+
+def test_runs_of_different_code_are_named(report, tmp_path):
+    content = comparison(seeds=[0, 3])
+    for seed in (0, 3):
+        finished_run(tmp_path / "runs" / f"one-{seed}", [*TRAIN.split(), "--seed", str(seed)], 0.5, {"4/255": 0.25})
+        content = report(content, "--measure", f"one-{seed}")[1]
+    assert "not trained by one code" not in report(content)[0]
+    content["runs"][0]["code"] = "0000000"
+    table = report(content)[0]
+    assert "not trained by one code:\n  0000000: one-0\n" in table and ": one-3\n" in table
+
+
+def test_the_commit_is_the_last_of_the_code_that_trains(script, tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", tmp_path, *identity, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    assert script.trained_by() is None
+    git("init", "-q")
+    (tmp_path / "train.py").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "trains")
+    trains = git("rev-parse", "--short=7", "HEAD")
+    (tmp_path / "README.md").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "does not")
+    assert script.trained_by() == trains
+    (tmp_path / "train.py").write_text("2")
+    assert script.trained_by() == f"{trains}+"
