@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dyart.losses import SINGLE_STEP
-from experiment.recipes import SHORT, TRAINING
+from experiment.recipes import CIFAR10, SHORT, TRAINING
 
 CLEAN = 3.0
 # What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is
@@ -28,8 +28,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "trades": {"method": "trades", "attack_iter": 10},
     "mart": {"method": "mart", "attack_iter": 10},
     "n-fgsm": {"method": "n-fgsm"},
-    "dyart-short": {"method": "dyart", **{name: SHORT[name] for name in ("search", "lambda_robust", "clip_grad")}},
-    "dyart": {"method": "dyart", "search": "fast"},
+    "dyart-short": {
+        "method": "dyart",
+        "search": CIFAR10["search"],
+        "lambda_robust": SHORT["lambda_robust"],
+        "clip_grad": SHORT["clip_grad"],
+    },
+    "dyart": {"method": "dyart", "search": CIFAR10["search"]},
     "dyart-released": {"method": "dyart", "search": "fab"},
 }
 for _settings in METHODS.values():

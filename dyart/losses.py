@@ -34,7 +34,7 @@ from dyart.noise import Source
 
 # The search of `dyart_loss` whose passes are shared with the loss, and the linearizations that it takes.
 SHARED = "shared"
-SHARED_STEPS = 2
+SHARED_STEPS = 3
 # It searches what the clean pass, in train mode, gives a Φ_β above this: of the images that are right in eval mode
 # a tenth is not quite right there, and it is the most vulnerable; below this are nearly none (docs/results.md).
 SEARCHED_ABOVE = -0.5

@@ -35,7 +35,7 @@ def test_the_gradient_of_a_search_is_held_against_the_long_ones(monkeypatch):
     assert list(rows) == [
         "reference",
         *(f"fast, {n} steps" for n in (1, 3, 6)),
-        *(f"shared, {n} steps" for n in (1, 2, 3)),
+        *(f"shared, {n} steps" for n in (1, 3)),
     ] + ["fab, 20 steps (released)"]
     assert rows["reference"]["gradient_norm"] == pytest.approx(1, abs=1e-5)
     cosines = [rows[name]["gradient_cosine"] for name in ("fast, 1 steps", "fast, 3 steps", "fast, 6 steps")]

@@ -55,10 +55,10 @@ CIFAR10 = {
     "lambda_robust": 1000.0,
     "temperature": 5.0,
     "norm": "Linf",
-    "search": "fast",
-    "search_steps": 6,
+    "search": "shared",
+    "search_steps": 3,
     "init_radius": None,
-    "high_quality": True,
+    "high_quality": False,
     "overshoot": 0.05,
     "beta": 6.0,
     "attack_eps": 8 / 255,
@@ -97,8 +97,6 @@ BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epo
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
 SHORT = {"recipe": "short", "burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128}
 SHORT |= {"scheduler": "cyclic", "lambda_robust": 150.0, "clip_grad": 3.0}
-SHORT |= {"search": "shared", "search_steps": 2, "high_quality": False}
-SHARED = {"search": "shared", "search_steps": 2, "high_quality": False}
 FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
 FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0, "high_quality": True}
 
@@ -129,21 +127,22 @@ OURS = {
     "--norm L2 --dataset tiny-imagenet": TINY | L2 | {"r0": 2.0},
     "--norm L2 --r0 0.5": L2 | {"r0": 0.5},
     "--attack-eps 4 --r0 16 --attack-step 0.01 --init-radius 8": {"attack_eps": 4 / 255, "attack_step": 0.01}
+    | FAST
     | {"init_radius": 8 / 255},
-    "--search fast": {},
-    "--search shared": SHARED,
-    "--search shared --search-steps 3": SHARED | {"search_steps": 3},
+    "--search shared": {},
+    "--search fast": FAST,
+    "--search fast --search-steps 3": FAST | {"search_steps": 3},
     "--recipe short": SHORT,
     "--recipe short --method at": SHORT | {"method": "at", "burn_in_epochs": 0, "clip_grad": None},
     "--recipe short --lambda-robust 70 --epochs 9": SHORT | {"lambda_robust": 70.0, "epochs": 9},
     "--recipe short --method clean": SHORT | BURN_IN | {"epochs": 4, "batch_size": 128},
-    # What only the searches that stand alone know is of the one that is the paper recipe's.
+    # What only the searches that stand alone know is of the faster of them.
     "--recipe short --high-quality true": SHORT | FAST,
     "--recipe short --cuda-graphs": SHORT | FAST | {"cuda_graphs": True},
     "--high-quality false": {"high_quality": False},
-    "--search fast --search-steps none --overshoot 0": {"overshoot": 0.0},
+    "--search fast --search-steps none --overshoot 0": FAST | {"overshoot": 0.0},
     "--search fab --high-quality false": {"search": "fab", "search_steps": 20, "overshoot": 0.0, "high_quality": False},
-    "--search-steps 3": {"search_steps": 3},
+    "--search-steps 2": {"search_steps": 2},
     "--pretrained /x/b.pt": BURNT_IN,
     "--r0 20/255 --alpha 4 --lambda-robust 300 --clip-grad none": {"r0": 20 / 255, "alpha": 4.0}
     | {"lambda_robust": 300.0, "clip_grad": None},
@@ -257,7 +256,7 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
     assert name("--group-norm --lr 0.1 --device cpu") == "cifar10-dyart-wrn-28-10-swish-groupnorm"
     assert name("--search fab --device cpu") == "cifar10-dyart-wrn-28-10-swish-search=fab"
     assert name("--recipe short --seed 1") == "cifar10-dyart-wrn-28-10-swish-short-seed=1"
-    assert name("--search shared --search-steps 3") == "cifar10-dyart-wrn-28-10-swish-search-steps=3-search=shared"
+    assert name("--search fast --search-steps 3") == "cifar10-dyart-wrn-28-10-swish-search-steps=3-search=fast"
     assert name("--overshoot 0") == "cifar10-dyart-wrn-28-10-swish-overshoot=0"
     assert name("--method n-fgsm") == "cifar10-n-fgsm-wrn-28-10-swish"
     assert name("--method fgsm-rs --attack-eps 4") == "cifar10-fgsm-rs-wrn-28-10-swish-attack-eps=0.01569"
