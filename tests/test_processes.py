@@ -164,14 +164,20 @@ def test_the_sum_of_a_step_is_one(tmp_path: Path) -> None:
 
 def test_the_log_is_that_of_one_process(tmp_path: Path) -> None:
     """But for times, and for what the last digits do to figures that are rounded; the others say nothing."""
-    logs = []
+    logs, figures = [], []
     for size in (1, 2):
         assert train_together(size, small(tmp_path, "--group-norm"), tmp_path / str(size)) == [0] * size
         assert said(tmp_path / str(size))[1:] == [""] * (size - 1)
         text = (tmp_path / "run" / "train.log").read_text()
-        logs.append(re.sub(r"\d+ s$", "", re.sub(r"^\S+ \S+ ", "", text, flags=re.M), flags=re.M))
+        text = re.sub(r"\d+ s$", "", re.sub(r"^\S+ \S+ ", "", text, flags=re.M), flags=re.M)
+        logs.append(re.sub(r"\d+\.\d+", "x", text))
+        figures.append(re.findall(r"\d+\.\d+", text))
         shutil.rmtree(tmp_path / "run")
     assert logs[0] == logs[1] and "finished: " in logs[0]
+    assert len(figures[0]) > 8
+    for one, two in zip(*figures, strict=True):
+        last_digit = 10.0 ** -len(one.partition(".")[2])
+        assert float(one) == pytest.approx(float(two), abs=1.01 * last_digit)
 
 
 def test_each_process_has_statistics_of_its_own_whose_average_all_hold(tmp_path: Path) -> None:
