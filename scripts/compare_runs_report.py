@@ -11,7 +11,7 @@ FILE.json says what is compared, and takes what came of it:
 - `attack`: "margins" for minimum_norm_attack at 20 passes, on held-out images and the weights of the last epoch; or a
   version of AutoAttack, on test images and best.pt;
 - `images`: how many; `radii`: as for eval.py --eps;
-- `against`: the variant that the others are compared with, seed by seed, or null; whatever else it says is kept.
+- `against`: the variants that the others are compared with, seed by seed; whatever else it says is kept.
 
 A run is finished where FILE.json has it. What a variant's flags stood for is kept there as well: where they have come
 to mean something else, nothing is compared. Of each run there is the commit that trained it, and where those differ
@@ -19,6 +19,7 @@ the table says so.
 """
 
 import argparse
+import itertools
 import re
 import shlex
 import statistics
@@ -153,11 +154,11 @@ class Comparison:
 
         Below them, where the runs were not all trained by the same code, which commit trained which.
         """
-        against, names = self.content.get("against"), list(self.runs[0]["accuracy"])
+        names = list(self.runs[0]["accuracy"])
         by_seed = {variant: self._by_seed(variant) for variant in self.content["variants"]}
         rows: dict[str, list[dict[str, float]]] = {variant: list(runs.values()) for variant, runs in by_seed.items()}
-        for variant, runs in by_seed.items():
-            pairs = [(runs[seed], by_seed[against][seed]) for seed in runs if seed in by_seed.get(against, {})]
+        for against, (variant, runs) in itertools.product(self.content["against"], by_seed.items()):
+            pairs = [(runs[seed], by_seed[against][seed]) for seed in runs if seed in by_seed[against]]
             if variant != against and pairs:
                 rows[f"{variant} - {against}"] = [{name: a[name] - b[name] for name in names} for a, b in pairs]
         summary = self.content["summary"] = {}

@@ -45,7 +45,7 @@ def report(script, tmp_path, monkeypatch, capsys):
 def comparison(**changed):
     """The content of a file that asks for two searches with two seeds."""
     content = {"question": "?", "train": TRAIN, "variants": {"one": "--search shared", "two": "--search fast"}}
-    content |= {"seeds": [0, 3], "attack": "custom", "images": 256, "radii": ["4", "8"], "against": "two"}
+    content |= {"seeds": [0, 3], "attack": "custom", "images": 256, "radii": ["4", "8"], "against": ["two"]}
     return content | changed
 
 
@@ -67,8 +67,8 @@ def test_runs_are_compared_seed_by_seed_and_run_once(report, tmp_path):
     run = content["runs"][0]
     assert run["accuracy"] == {"clean": 50.0, "4/255": 25.0, "8/255": 25.0}
     assert run["validation"] == [[25.0, 12.5]] and run["training_seconds"] == 2
-    # The fast search of six steps, with half of the images: 5 + 15/2 passes of an image, of a clean step's 3.
-    assert run["clean_epochs_spent"] == pytest.approx(12.5 / 3, abs=0.01)
+    # Three linearizations, with half of the images: 3 + 9/2 passes of an image, of a clean step's 3.
+    assert run["clean_epochs_spent"] == pytest.approx(7.5 / 3, abs=0.01)
 
     table, content = report(content)
     gains = [-100 * 0.0625 * clean for clean in (0.5, 0.75)]
@@ -108,12 +108,12 @@ def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_pa
         report(content)
     content["train"] = TRAIN
     content["settings"]["one"] = content["settings"]["one"] | {"search_steps": 1, "pretrained_sha256": None}
-    with pytest.raises(ValueError, match="one was trained with search_steps 1, now 2"):
+    with pytest.raises(ValueError, match="one was trained with search_steps 1, now 3"):
         report(content, "--todo")
     with pytest.raises(ValueError, match="variant 'a b' is to be the name of a folder"):
         report(comparison(variants={"a b": ""}), "--todo")
     with pytest.raises(ValueError, match="has no finished runs"):
-        report(comparison(variants={"other": ""}, against=None))
+        report(comparison(variants={"other": ""}, against=[]))
 
 
 def test_runs_of_different_code_are_named(report, tmp_path):
