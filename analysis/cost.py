@@ -39,8 +39,8 @@ STEPS = {
     "PGD-10 AT step": ("at", {}),
     "TRADES-10 step": ("trades", {}),
     "N-FGSM step": ("n-fgsm", {}),
-    "DyART step": ("dyart", {"search": "fast"}),
-    "DyART step, --search shared": ("dyart", {"search": SHARED}),
+    "DyART step": ("dyart", {"search": SHARED}),
+    "DyART step, --search fast": ("dyart", {"search": "fast"}),
     "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a graph
 }
 
@@ -55,8 +55,8 @@ BASES = {
     "TRADES-10 step": "PGD-10 AT step",
     "N-FGSM step": "PGD-10 AT step",
     "DyART step": "PGD-10 AT step",
-    "DyART step, --search shared": "PGD-10 AT step",
-    "its passes, --search shared": "DyART step, --search shared",
+    "DyART step, --search fast": "PGD-10 AT step",
+    "passes of a DyART step": "DyART step",
     "DyART step, --search fab": "PGD-10 AT step",
 }
 
@@ -144,7 +144,7 @@ def training_step(
     n = min(options["batch_size"], len(workload.y))
     x, y = workload.x[:n][processes.rows(n)], workload.y[:n][processes.rows(n)]
     arguments = loss_options(resolve({"method": method, "norm": workload.norm, **extra}), method)
-    if name == "DyART step" and options["cuda_graphs"]:
+    if extra.get("search") == "fast" and options["cuda_graphs"]:
         arguments["graphs"] = CudaGraphs()
     statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
@@ -220,7 +220,7 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
         "its passes": passes,
         "search": lambda: search("fast", graphs),
         "search, fab": lambda: search("fab", None),
-        "its passes, --search shared": passes_of_step,
+        "passes of a DyART step": passes_of_step,
     }
     parts |= {name: training_step(workload, name, options) for name in STEPS}
 
