@@ -40,7 +40,7 @@ GROUP_NORM_TINY_IMAGENET = {"lr": 0.05, "r0": 20 / 255, "alpha": 3.0, "lambda_ro
 L2 = {"r0": 1.0, "alpha": 0.2, "lambda_robust": 25.0}
 # Not the paper's, whose clipping holds a short training back: for up to some 30 epochs (docs/results.md).
 SHORT = {"burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128, "scheduler": "cyclic"}
-SHORT |= {"lambda_robust": 150.0, "clip_grad": 3.0}
+SHORT |= {"lr": 0.2, "lambda_robust": 150.0, "clip_grad": 3.0}
 SHORT_DATASETS = ("cifar10", "cifar100", "digits")
 ATTACK_EPS = {"Linf": 8 / 255, "L2": 128 / 255}
 MOMENTUM = 0.9

@@ -96,7 +96,7 @@ TINY_GROUP_NORM = {"group_norm": True, "lr": 0.05, "r0": 20 / 255, "alpha": 3.0,
 BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epochs": 10, "lr": 0.1, "clip_grad": None}
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
 SHORT = {"recipe": "short", "burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128}
-SHORT |= {"scheduler": "cyclic", "lambda_robust": 150.0, "clip_grad": 3.0}
+SHORT |= {"scheduler": "cyclic", "lr": 0.2, "lambda_robust": 150.0, "clip_grad": 3.0}
 FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
 FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0, "high_quality": True}
 
