@@ -22,6 +22,7 @@ import argparse
 import itertools
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -53,11 +54,13 @@ CODE = ("train.py", "dyart", "experiment", "models", "data")
 
 
 def trained_by() -> str | None:
-    """The last commit of the code that trains, with "+" where files of it differ; None outside of a clone."""
+    """The last commit of the code that trains, with "+" where files of it differ; None without git or a clone."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", ROOT, *words, "--", *CODE], capture_output=True, text=True).stdout.strip()
 
+    if shutil.which("git") is None:
+        return None
     commit = git("log", "-1", "--format=%h", "--abbrev=7")
     return commit + "+" * bool(git("status", "--porcelain")) if commit else None
 
@@ -68,7 +71,7 @@ class Comparison:
     def __init__(self, file: Path, folder: Path):
         self.file, self.folder, self.content = file, folder, read_json(file)
         self.runs: list[dict[str, Any]] = self.content.setdefault("runs", [])
-        known = self.content.setdefault("settings", {})
+        known, against = self.content.setdefault("settings", {}), self.content.get("against")
         for variant in self.content["variants"]:
             if not re.fullmatch(r"[\w.+,-]+", variant):
                 raise ValueError(f"{file}: variant {variant!r} is to be the name of a folder, without spaces")
@@ -78,6 +81,8 @@ class Comparison:
                 changed = [name for name in now if now.get(name) != before.get(name)]
                 words = ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
                 raise ValueError(f"{file}: {variant} was trained with {words}; compare like with like, in a new file")
+        if not isinstance(against, list) or not set(against) <= self.content["variants"].keys():
+            raise ValueError(f"{file}: against {against!r} is to be a list of its variants")
 
     def flags(self, variant: str, seed: int) -> str:
         """The flags of train.py for a run."""

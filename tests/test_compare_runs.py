@@ -114,6 +114,9 @@ def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_pa
         report(comparison(variants={"a b": ""}), "--todo")
     with pytest.raises(ValueError, match="has no finished runs"):
         report(comparison(variants={"other": ""}, against=[]))
+    for against in (None, "two", ["three"]):
+        with pytest.raises(ValueError, match="against .* is to be a list of its variants"):
+            report(comparison(against=against))
 
 
 def test_runs_of_different_code_are_named(report, tmp_path):
@@ -146,3 +149,5 @@ def test_the_commit_is_the_last_of_the_code_that_trains(script, tmp_path, monkey
     assert script.trained_by() == trains
     (tmp_path / "train.py").write_text("2")
     assert script.trained_by() == f"{trains}+"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert script.trained_by() is None

@@ -387,19 +387,20 @@ def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(trained, 
     assert least < cheap.norm() / exact.norm() < most
 
 
-# The most that the median of the weights may be off. Measured: 1.114, 1.014, 1.088, 1.052.
-@pytest.mark.parametrize(
-    ("weights", "steps", "off"),
-    [
-        ("clean", 1, 0.2),
-        ("clean", 2, 0.03),
-        ("dyart", 1, 0.2),
-        ("dyart", 2, 0.1),
-        ("clean", 3, 0.03),
-        ("dyart", 3, 0.1),
-    ],
-)
-def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights, steps, off):
+# The most that the median of the weights may be off. Measured: after clean training 1.114, 1.014 and 1.009, after DyART
+# 1.099, 1.050 and 1.014.
+OFF = {
+    ("clean", 1): 0.2,
+    ("clean", 2): 0.03,
+    ("clean", 3): 0.03,
+    ("dyart", 1): 0.2,
+    ("dyart", 2): 0.1,
+    ("dyart", 3): 0.05,
+}
+
+
+@pytest.mark.parametrize(("weights", "steps"), OFF)
+def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights, steps):
     """1 / ‖∇_x Φ‖ of the linearization before x̂, which costs nothing, against that at x̂."""
     models, x, y = trained
     model = copy.deepcopy(models[weights]).eval()
@@ -408,7 +409,7 @@ def test_the_weight_is_nearly_that_of_the_point_itself(trained, weights, steps, 
     (exact,) = torch.autograd.grad(soft_logit_margin(model(pixels), y).sum(), pixels)
     ratio = (margin_gradient_weights(boundary) * exact.abs().sum((1, 2, 3)))[boundary.found]
     assert len(ratio) > 80
-    assert ratio.median().item() == pytest.approx(1, abs=off)
+    assert ratio.median().item() == pytest.approx(1, abs=OFF[weights, steps])
 
 
 def test_shared_passes_are_as_many_as_they_are_said_to_be():
