@@ -27,6 +27,7 @@ from experiment.checkpoint import safetensors_bytes, write_torch
 from experiment.folder import named_checkpoints
 from experiment.settings import (
     LENGTHS,
+    OF_MACHINE,
     PLACE,
     check_stored,
     deciding,
@@ -81,8 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     # As others expect them, also from a run in channels_last.
     weights = {name: value.contiguous() for name, value in candidate.model.state_dict().items()}
     if out.suffix == ".safetensors":
-        said = {name: flags.plain(value) for name, value in candidate.identity.items()}
-        content, kind = safetensors_bytes(weights, said), "card"
+        content, kind = safetensors_bytes(weights, *header(candidate)), "card"
         text = card(candidate, records, out, hashlib.sha256(content).hexdigest())
     else:
         content, kind = weights, "claim"
@@ -164,11 +164,30 @@ def to_reproduce(settings: Mapping[str, Any], records: list[dict[str, Any]], out
         commands += ["# the training", train_command(check_stored(settings, "settings"))]
     tested = list(filter(is_of_test, records))
     if tested:
-        commands += ["# the figures, from the exported weights", *(eval_command(record, out) for record in tested)]
+        knows = out.suffix == ".safetensors" and bool(settings)
+        lines = (eval_command(record, out, knows) for record in tested)
+        commands += ["# the figures, from the exported weights", *lines]
     return ["", "## To reproduce", "", "```", *commands, "```"] if commands else []
 
 
 # --- The model card ---------------------------------------------------------------------------------------------------
+
+
+def header(candidate: Candidate) -> tuple[dict[str, str], str, dict[str, Any] | None]:
+    """What `safetensors_bytes` is to say of the weights: what they are, and what a checkpoint holds beside them."""
+    identity, checkpoint = candidate.identity, candidate.checkpoint
+    said = {name: flags.plain(value) for name, value in identity.items()}
+    if not candidate.settings:
+        return said, "", None
+    beside = {name: checkpoint[name] for name in ("epoch", "validation") if name in checkpoint}
+    return said, identity["weights_key"], {"settings": without_places(candidate.settings), **beside}
+
+
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings without the paths of its machine, but for those that name its images and its model."""
+    settings = {name: value for name, value in settings.items() if name not in OF_MACHINE}
+    files = ("pretrained", "aux_data_filename")
+    return settings | {name: Path(settings[name]).name for name in files if settings.get(name)}
 
 
 def card(candidate: Candidate, records: list[dict[str, Any]], out: Path, digest: str) -> str:
@@ -209,9 +228,8 @@ def card(candidate: Candidate, records: list[dict[str, Any]], out: Path, digest:
     if settings.get("train_subset"):
         lines += [f"- Of its training images, {settings['train_subset']} class-balanced ones"]
     lines += [f"- Additional data: {additional_data(settings)}", "", "## Recipe", "", "```yaml"]
-    shown = {name: value for name, value in settings.items() if name not in (*PLACE, *MODEL_SETTINGS)}
-    files = ("pretrained", "aux_data_filename")
-    shown |= {name: Path(shown[name]).name for name in files if shown.get(name)}
+    shown = without_places(settings)
+    shown = {name: value for name, value in shown.items() if name not in (*PLACE, *MODEL_SETTINGS)}
     lines += [yaml.safe_dump(shown, sort_keys=False).rstrip(), "```", "", "## Figures"]
 
     scores = candidate.checkpoint.get("validation")
@@ -299,8 +317,8 @@ def train_command(settings: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def eval_command(record: Mapping[str, Any], out: Path) -> str:
-    """The command that evaluates the exported weights as a record says."""
+def eval_command(record: Mapping[str, Any], out: Path, knows: bool) -> str:
+    """The command that evaluates the exported weights as a record says; knows: whether the file has its settings."""
     eps = record["eps_text"]
     try:
         is_same = flags.length(eps, record["norm"], "--eps").value == record["eps"]
@@ -309,9 +327,19 @@ def eval_command(record: Mapping[str, Any], out: Path) -> str:
     if not is_same:
         eps = flags.length_words(record["eps"], record["norm"])
     record = upgraded(record)
-    words = ["python", "eval.py", out.name, "--model", record["model"], "--dataset", record["dataset"]]
-    words += ["--group-norm"] if record["group_norm"] else []
-    words += ["--image-size", record["image_size"]] if record["image_size"] else []
+    words = ["python", "eval.py", out.name]
+    words += ["--model", record["model"]] if is_own(record["model"]) or not knows else []
+    words += ["--dataset", record["dataset"]] if is_path(record["dataset"]) or not knows else []
+    words += [] if knows else model_flags(record)
+    words += ["--eps", eps, "--norm", record["norm"], "--version", record["version"], "--n", record["n"]]
+    words += ["--batch-size", record["batch_size"], "--seed", record["seed"]]
+    return shlex.join(map(str, words))
+
+
+def model_flags(record: Mapping[str, Any]) -> list[str]:
+    """The flags of eval.py that make a record's model, beside its name and the dataset's."""
+    words = ["--group-norm"] if record["group_norm"] else []
+    words += ["--image-size", str(record["image_size"])] if record["image_size"] else []
     # Of own images the statistics are said: they need not be here to be asked.
     known = ("mean", "std") if is_path(record["dataset"]) else ()
     usual = resolve_normalization({name: record[name] for name in ("model", "dataset", *known)})
@@ -319,9 +347,7 @@ def eval_command(record: Mapping[str, Any], out: Path) -> str:
     for name in ("normalize", "mean", "std"):
         if record[name] is not None and record[name] != usual[name]:
             words += [f"--{name}", flags.plain(record[name])]
-    words += ["--eps", eps, "--norm", record["norm"], "--version", record["version"], "--n", record["n"]]
-    words += ["--batch-size", record["batch_size"], "--seed", record["seed"]]
-    return shlex.join(map(str, words))
+    return words
 
 
 if __name__ == "__main__":

@@ -5,22 +5,26 @@ For whatever saves or reads the state of a model or a run; which checkpoint a fo
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import struct
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.torch import save
 
 from storage.files import FileError, describe_content, is_safetensors, naming, one_line, open_regular, replacing
 
 CHECKPOINT_FORMAT = 1
+# Where the header of a .safetensors file of ours has what a checkpoint says beside its weights.
+_OURS = "dyart"
 
 
 class NewerFormatError(FileError):
@@ -83,9 +87,20 @@ def save_checkpoint(
     write_torch(path, content, before_rename)
 
 
-def safetensors_bytes(weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A .safetensors file of weights, which may share memory, with what is to be said of them in its header."""
-    return save({name: value.clone().contiguous() for name, value in weights.items()}, {"format": "pt", **metadata})
+def safetensors_bytes(
+    weights: dict[str, torch.Tensor], metadata: dict[str, str], key: str = "", beside: Mapping[str, Any] | None = None
+) -> bytes:
+    """A .safetensors file of weights, which may share memory, with what is to be said of them in its header.
+
+    metadata: for whoever reads the header. beside: what a checkpoint of ours holds beside its weights, as plain values
+    that JSON has; then `load_checkpoint` reads the file as such a checkpoint, with the weights under `key`.
+    """
+    weights = {name: weights[name].detach().clone().contiguous() for name in sorted(weights)}
+    if beside is not None:
+        said = {**beside, "format": CHECKPOINT_FORMAT}
+        said["sha256"] = digest({**said, key: weights})
+        metadata = {**metadata, _OURS: json.dumps([key, said])}
+    return save(weights, {"format": "pt", **metadata})
 
 
 def write_torch(path: str | Path, content: Any, before_rename: Callable[[], None] | None = None) -> None:
@@ -109,7 +124,7 @@ def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any
     path = Path(path)
     with naming("read", path), open_regular(path) as file:
         try:
-            state = load_file(path) if foreign and is_safetensors(path) else _read_torch(file, foreign)
+            state = _read_safetensors(path) if foreign and is_safetensors(path) else _read_torch(file, foreign)
             _verify(state, foreign)
         except NewerFormatError as error:
             raise NewerFormatError(f"{path}: {error}") from None
@@ -123,6 +138,16 @@ def load_checkpoint(path: str | Path, *, foreign: bool = False) -> dict[str, Any
             reason += f"; {CONVERT}" if is_refused and _holds_a_model(path) else ""
             raise FileError(f"{path}: " + (f"not a checkpoint but {what}" if what else reason)) from error
     return state
+
+
+def _read_safetensors(path: Path) -> Any:
+    with safe_open(path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        said = (file.metadata() or {}).get(_OURS)
+    if said is None:
+        return weights
+    key, said = json.loads(said)
+    return {**said, key: weights}
 
 
 def _read_torch(file: BinaryIO, foreign: bool) -> Any:

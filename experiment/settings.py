@@ -32,6 +32,8 @@ ACTIONS = ("resume", "dry_run", "name", "name_extra", "if_exists", "output_dir",
 # Settings that say where and how, not what comes out: they are not in a folder's name, and may change on resume.
 PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minutes", "detect_anomaly")
 PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content", "model_content", "tensorboard")
+# Of these, what is of one machine: exported weights go on with what is the default where they are read.
+OF_MACHINE = ("data_dir", "device", "cache_dir")
 # Settings that decide what others are by default; of a search's own there is TRAINING.
 DECIDING = (
     "dataset",

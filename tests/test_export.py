@@ -18,9 +18,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import analyze
 import eval as eval_script
 import export
-from evaluation.candidate import sha256
+from analysis.subject import load_subject
+from evaluation.candidate import load_candidate, sha256
 from experiment import settings, train_flags
 from experiment.build import build_model
 from experiment.folder import Experiment
@@ -341,6 +343,40 @@ def test_safetensors_hold_the_weights_and_what_they_are(folder, tmp_path):
     assert said["sha256"] == sha256(folder / "best.pt") and said["mean"] == "0.4914,0.4822,0.4465"
 
 
+def test_safetensors_know_their_model_and_run(tmp_path):
+    """As best.pt does, but for the places of the machine that wrote it."""
+    values = run_settings("--group-norm", "--pretrained", str(tmp_path / "secret" / "burn_in.pt"), "--seed", "3")
+    values |= {"data_dir": str(tmp_path / "secret"), "cache_dir": str(tmp_path / "secret")}
+    torch.manual_seed(0)
+    model = build_model(values | {"channels_last": False}).eval()
+    with Experiment.create(tmp_path, "run", values, echo=lambda message: None) as experiment:
+        state = {"settings": values, "average": model.state_dict(), "epoch": 5}
+        experiment.save_best(state | {"validation": {"val_clean": 0.75, "val_robust": 0.5}})
+    out = tmp_path / "out.safetensors"
+    export.main([str(experiment.folder), str(out)])
+    assert b"secret" not in out.read_bytes()
+
+    candidate = load_candidate(out)
+    before = load_candidate(experiment.folder / "best.pt")
+    x = torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(candidate.model(x), before.model(x), rtol=0, atol=0)
+    of_file = ("checkpoint", "sha256")
+    assert {**candidate.identity, **dict.fromkeys(of_file)} == {**before.identity, **dict.fromkeys(of_file)}
+    assert candidate.checkpoint["epoch"] == 5 and candidate.checkpoint["validation"]["val_robust"] == 0.5
+    kept = {name: value for name, value in values.items() if name not in settings.OF_MACHINE}
+    assert candidate.settings == kept | {"pretrained": "burn_in.pt"}
+    assert eval_script.settings_of(out, None) == candidate.settings
+    with pytest.raises(ValueError, match="--model wrn-10-1-swish: .* was trained with --model wrn-16-1-swish"):
+        load_candidate(out, None, {"model": "wrn-10-1-swish"})
+    subject = load_subject(analyze.build_parser().parse_args([str(out)]), torch.device("cpu"))
+    assert subject.settings["seed"] == 3 and subject.settings["data_dir"] == run_settings()["data_dir"]
+
+    content = out.read_bytes()
+    out.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(FileError, match=r"out.safetensors: damaged \(its checksum"):
+        load_candidate(out)
+
+
 def test_a_card_says_model_data_recipe_figures_and_hashes(folder, tmp_path):
     add_record(folder)
     add_record(folder, eps=4 / 255, eps_text="4/255", robust_accuracy=0.8)
@@ -362,7 +398,7 @@ def test_a_card_says_model_data_recipe_figures_and_hashes(folder, tmp_path):
         "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% | 80.00% |",
         "DMWideResNet(num_classes=10, depth=16, width=1",
         "python train.py --method at --model wrn-16-1-swish",
-        "python eval.py out.safetensors --model wrn-16-1-swish",
+        "python eval.py out.safetensors --eps 8/255 --norm Linf --version standard --n 10000 --batch-size 250",
     ):
         assert expected in text, expected
     assert "12.34" not in text
