@@ -2,10 +2,12 @@
 
 python scripts/compare_methods_report.py FLAGS                  the table, also into --output, and the picture beside it
 python scripts/compare_methods_report.py FLAGS --todo PART      for each missing run of tuning, runs or leaders: its
-                                                                folder, the flags of train.py, --, the flags of eval.py
+                                                                folder, the flags of train.py, and after each -- the
+                                                                flags of an eval.py
 
-A run is finished where --output or --folder has it. Those that chose a rate or λ are judged on held-out images, by the
-same attack as the others on test images; runs over seeds begin when a method's choice is complete.
+A run is finished where --output or --folder has it. Those that chose a rate or λ are judged on held-out images by
+minimum_norm_attack (eval.py --curve), which takes seconds; runs over seeds begin when a method's choice is complete.
+They are attacked by AutoAttack at --eps, and by minimum_norm_attack at half of it, an upper bound.
 """
 
 import argparse
@@ -31,6 +33,8 @@ TUNING_SEED = 1000
 PARTS = ("tuning", "runs", "leaders")
 # How many methods of each budget are attacked by all of AutoAttack.
 LEADERS = 3
+# The attack that chooses: beside AutoAttack's versions, which judge.
+CURVE = "minimum-norm"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,9 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", type=_methods, default=list(METHODS), help=f"some of {', '.join(METHODS)}")
     p.add_argument("--dataset", default="cifar10", help="as for train.py")
     p.add_argument("--model", default="wrn-10-1-swish", help="as for train.py")
-    p.add_argument("--eps", default="8", help="radius of the methods' attacks and of AutoAttack, in 1/255; half also")
-    p.add_argument("--n", type=int, default=500, help="images that are attacked")
-    p.add_argument("--leaders-n", type=int, default=1000, help="images that leaders' standard attack takes")
+    p.add_argument("--eps", default="8", help="radius of the methods' attacks and of AutoAttack, in 1/255")
+    p.add_argument("--n", type=int, default=500, help="images that AutoAttack custom takes")
+    p.add_argument("--leaders-n", type=int, default=1000, help="images that AutoAttack standard and the curve take")
     p.add_argument("--folder", type=Path, default=Path("experiments/compare-methods"), help="of the runs")
     p.add_argument("--output", type=Path, default=Path("results/compare-methods.json"), help="of the figures")
     p.add_argument("--device", default="cpu", help="as for train.py")
@@ -75,37 +79,48 @@ class Run:
         words = [method, f"budget{budget}", *(f"{name}{value}" for name, value in chosen.items()), f"seed{seed}"]
         self.folder = args.folder / "-".join(words)
 
-    def commands(self, version: str, n: int) -> str:
+    def commands(self, version: str) -> str:
         """What compare_methods.sh runs for it."""
         given = {"dataset": self.args.dataset, "model": self.args.model, "device": self.args.device}
         given |= {"seed": self.key["seed"], "scheduler": "cyclic", "batch_size": 128, "burn_in_batch_size": 128}
-        given |= {"validation_size": 1000, **self.settings}
+        given |= {"validation_size": 500, "validation_attack_iter": 10, **self.settings}
         if self.settings["method"] not in ("clean", "dyart"):
             given["attack_eps"] = f"{self.args.eps}/255"
             if 0 < self.settings.get("attack_iter", 10) < 10:
                 given["attack_step"] = f"{float(self.args.eps) / 2:g}/255"
         train = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
-        attack = f"--eps {float(self.args.eps) / 2:g} {self.args.eps} --n {n} --version {version}"
-        attack += f" --batch-size 250 --device {self.args.device}"
-        if self.tuning:
-            attack += " --images validation"
-        return f"{self.folder} {train} {self.args.train}".strip() + f" -- {attack}"
+        curve = f"--curve --eps {float(self.args.eps) / 2:g} {self.args.eps} --n {self.args.leaders_n}"
+        curve += f" --images {self.part} --device {self.args.device}"
+        attack = f"--eps {self.args.eps} --n {self.images(version)} --version {version} --batch-size 250"
+        attacks = [curve] if version == CURVE else [curve, f"{attack} --device {self.args.device}"]
+        return " -- ".join([f"{self.folder} {train} {self.args.train}".strip(), *attacks])
 
-    def outcome(self, version: str, n: int) -> dict[str, Any] | None:
-        """Its figures, if the folder holds all of them."""
-        if not (self.folder / "autoattack.json").exists():
-            return None
-        experiment, part = Experiment.open(self.folder), "validation" if self.tuning else "test"
-        found = {}
-        for record in Results(self.folder / "autoattack").current:
-            if (record["version"], record["n"], record.get("part", "test")) == (version, n, part):
-                found[record["eps_text"]] = record
+    @property
+    def part(self) -> str:
+        """The images that it is judged on."""
+        return "validation" if self.tuning else "test"
+
+    def images(self, version: str) -> int:
+        """How many images an attack takes."""
+        return self.args.n if version == "custom" else self.args.leaders_n
+
+    def outcome(self, version: str) -> dict[str, Any] | None:
+        """Its figures by an attack, if the folder holds all of them."""
+        n = self.images(version)
         half, full = f"{float(self.args.eps) / 2:g}/255", f"{self.args.eps}/255"
-        if not found.keys() >= {half, full}:
+        path = self.folder / "curve.json"
+        curves = read_json(path) if path.exists() else []
+        of_part = {"part": self.part, "n": self.args.leaders_n}
+        curve = next((c["robust_accuracy"] for c in curves if of_part.items() <= c.items()), {})
+        found = curves if version == CURVE else Results(self.folder / "autoattack").current
+        wanted = of_part if version == CURVE else {"version": version, "n": n, "part": self.part, "eps_text": full}
+        record = next((record for record in found if wanted.items() <= {"part": "test", **record}.items()), None)
+        if record is None or half not in curve:
             return None
+        experiment = Experiment.open(self.folder)
         rows = experiment.read_metrics()
-        run = {**self.key, "version": version, "n": n, "clean": found[full]["clean_accuracy"]}
-        run |= {"robust": found[full]["robust_accuracy"], "robust_half": found[half]["robust_accuracy"]}
+        run = {**self.key, "version": version, "n": n, "clean": record["clean_accuracy"]}
+        run |= {"robust": curve[full] if version == CURVE else record["robust_accuracy"], "robust_half": curve[half]}
         run |= {"clean_epochs_spent": round(spent(experiment.settings, rows), 2), "epochs": len(rows)}
         return run | {"training_seconds": round(sum(row["seconds"] for row in rows))}
 
@@ -118,13 +133,14 @@ class Comparison:
         self.known: list[dict[str, Any]] = read_json(args.output)["runs"] if args.output.exists() else []
         self.middle = sorted(args.budget)[(len(args.budget) - 1) // 2]
 
-    def figures(self, run: Run, version: str = "custom", n: int | None = None) -> dict[str, Any] | None:
-        """What is known of a run; what its folder knows is kept."""
-        key = run.key | {"version": version, "n": n or self.args.n}
+    def figures(self, run: Run, version: str = "custom") -> dict[str, Any] | None:
+        """What is known of a run by an attack; what its folder knows is kept."""
+        version = CURVE if run.tuning else version
+        key = run.key | {"version": version, "n": run.images(version)}
         for known in self.known:
             if all(known.get(name) == value for name, value in key.items()):
                 return known
-        found = run.outcome(version, key["n"])
+        found = run.outcome(version)
         if found is not None:
             self.known.append(found)
         return found
@@ -184,27 +200,21 @@ class Comparison:
     def todo(self, part: str) -> list[str]:
         """The commands of the missing runs of a part."""
         if part == "leaders":
-            return [
-                run.commands("standard", self.args.leaders_n)
-                for run in self.leaders()
-                if self.figures(run, "standard", self.args.leaders_n) is None
-            ]
+            return [run.commands("standard") for run in self.leaders() if self.figures(run, "standard") is None]
         runs = self.runs() if part == "runs" else [run for name in self.args.methods for run in self.tuning(name)]
-        return [run.commands("custom", self.args.n) for run in runs if self.figures(run) is None]
+        return [run.commands(CURVE if run.tuning else "custom") for run in runs if self.figures(run) is None]
 
     def table(self) -> list[dict[str, Any]]:
         """A row for each budget, method and attack: means and standard deviations over the seeds, in %."""
-        for run in self.leaders():
-            self.figures(run, "standard", self.args.leaders_n)
         groups: dict[tuple, list[dict[str, Any]]] = {}
         for run in self.runs():
-            for version, n in (("custom", self.args.n), ("standard", self.args.leaders_n)):
-                figures = self.figures(run, version, n)
+            for version in ("custom", "standard"):
+                figures = self.figures(run, version)
                 if figures is not None:
-                    groups.setdefault((run.key["budget"], run.key["method"], version, n), []).append(figures)
+                    groups.setdefault((run.key["budget"], run.key["method"], version), []).append(figures)
         rows = []
-        for (budget, method, version, n), figures in groups.items():
-            row: dict[str, Any] = {"budget": budget, "method": method, "version": version, "n": n}
+        for (budget, method, version), figures in groups.items():
+            row: dict[str, Any] = {"budget": budget, "method": method, "version": version, "n": figures[0]["n"]}
             row |= {name: figures[0][name] for name in ("lr", "lambda_robust", "epochs") if name in figures[0]}
             row["seeds"] = len(figures)
             for name in ("clean", "robust_half", "robust"):
@@ -218,8 +228,8 @@ class Comparison:
 
 def show(rows: list[dict[str, Any]], eps: str) -> None:
     """The table, the most robust first."""
-    half = f"{float(eps) / 2:g}"
-    head = ["budget", "method", "clean", f"{half}/255", f"{eps}/255", "AutoAttack", "images", "seeds", "spent", "s"]
+    head = ["budget", "method", "clean", f"≤ at {float(eps) / 2:g}/255", f"{eps}/255"]
+    head += ["AutoAttack", "images", "seeds", "spent", "s"]
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for row in rows:
         cells = [f"{m:.1f}" + (f" ± {sd:.1f}" if sd is not None else "") for m, sd in map(row.get, FIGURES)]

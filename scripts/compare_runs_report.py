@@ -15,7 +15,7 @@ FILE.json says what is compared, and takes what came of it:
 
 A run is finished where FILE.json has it. What a variant's flags stood for is kept there as well: where they have come
 to mean something else, nothing is compared. Of each run there is the commit that trained it, and where those differ
-the table says so.
+the table says so. Runs with --track-dynamics have a column of their shares of negative speeds, means over the epochs.
 """
 
 import argparse
@@ -47,6 +47,8 @@ from storage.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = 20
+# The column of what --track-dynamics saw, where all runs have it.
+NEGATIVE = "negative speeds"
 # Settings on which a comparison does not depend: where and how, and what differs between the runs of a variant.
 LEFT_OUT = (*PLACE, "seed", "pretrained")
 # The code that decides what comes out of a training.
@@ -127,6 +129,9 @@ class Comparison:
             "code": trained_by(),
         }
         run["validation"] = [[round(100 * row[key], 1) for key in ("val_clean", "val_robust")] for row in rows]
+        tracked = [row["negative_speeds"] for row in rows if row.get("negative_speeds") is not None]
+        if tracked:  # --track-dynamics
+            run["negative_speeds"] = [round(100 * share, 1) for share in tracked]
         write_json(self.folder / name / "compared.json", run)
 
     def _margins(self, experiment: Experiment) -> dict[str, Any]:
@@ -160,6 +165,7 @@ class Comparison:
         Below them, where the runs were not all trained by the same code, which commit trained which.
         """
         names = list(self.runs[0]["accuracy"])
+        names += [NEGATIVE] if all("negative_speeds" in run for run in self.runs) else []
         by_seed = {variant: self._by_seed(variant) for variant in self.content["variants"]}
         rows: dict[str, list[dict[str, float]]] = {variant: list(runs.values()) for variant, runs in by_seed.items()}
         for against, (variant, runs) in itertools.product(self.content["against"], by_seed.items()):
@@ -192,10 +198,15 @@ class Comparison:
     def _by_seed(self, variant: str) -> dict[int, dict[str, float]]:
         """The figures of a variant's runs."""
         return {
-            run["seed"]: {**run["accuracy"], "spent": run.get("clean_epochs_spent")}
+            run["seed"]: {**run["accuracy"], **_negative(run), "spent": run.get("clean_epochs_spent")}
             for run in self.runs
             if run["variant"] == variant
         }
+
+
+def _negative(run: dict[str, Any]) -> dict[str, float]:
+    """The mean share of negative speeds over the epochs of a run that tracked them, by its column."""
+    return {NEGATIVE: statistics.mean(run["negative_speeds"])} if "negative_speeds" in run else {}
 
 
 def main() -> int:

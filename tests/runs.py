@@ -55,16 +55,23 @@ def run_training(*argv: str) -> int:
         return train.main(list(argv))
 
 
-def finished_run(folder: Path, argv: list[str], clean: float, robust: dict[str, float], **record: Any) -> None:
+def finished_run(
+    folder: Path,
+    argv: list[str],
+    clean: float,
+    robust: dict[str, float],
+    metrics: dict[str, float] | None = None,
+    **record: Any,
+) -> None:
     """Make the experiment folder that train.py with these flags and eval.py leave behind, or add records to it.
 
-    robust: the accuracy by radius. record: what else stands in each record of eval.py.
+    robust: the accuracy by radius. metrics: what else stands in its metrics.csv; record: in each record of eval.py.
     """
     if not folder.exists():
         settings = resolve(parse(argv))
         with Experiment.create(folder.parent, folder.name, settings, echo=print) as experiment:
             row = {"epoch": 1, "stage": settings["method"], "found": 0.5, "val_clean": 0.25, "val_robust": 0.125}
-            experiment.append_metrics(row | {"seconds": 2.0})
+            experiment.append_metrics(row | {"seconds": 2.0} | (metrics or {}))
     results = Results(folder / "autoattack")
     for eps, accuracy in robust.items():
         identity = dict.fromkeys(IDENTITY, 0) | {"eps": float(eps.split("/")[0]) / 255, "eps_text": eps}

@@ -36,22 +36,29 @@ def report(tmp_path, monkeypatch, capsys):
 
 def finish(line):
     """Do as if the training and the attack of a line had been run."""
-    words = shlex.split(line)
-    folder, train, attack = words[0], words[1 : words.index("--")], words[words.index("--") + 1 :]
+    first, curve, *attacks = (shlex.split(part) for part in line.split(" -- "))
+    (folder, *train), eps = first, curve[curve.index("--eps") + 1 : curve.index("--n")]
     given = dict(zip(train[::2], train[1::2], strict=True))
     robust = BY_RATE[given["--lr"]]
     if "--lambda-robust" in given:
         robust *= BY_LAMBDA[float(given["--lambda-robust"])] / 0.3
     robust += 0.02 * int(given["--seed"]) if given["--seed"] in "01" else 0
-    eps = attack[attack.index("--eps") + 1 : attack.index("--n")]
-    record = {"n": int(attack[attack.index("--n") + 1]), "version": attack[attack.index("--version") + 1]}
-    record["part"] = attack[attack.index("--images") + 1] if "--images" in attack else "test"
-    finished_run(Path(folder), train, 0.5, {f"{radius}/255": robust for radius in eps}, **record)
+    finished_run(Path(folder), train, 0.5, {})
+    bounds = {f"{radius}/255": robust + 0.01 * (8 - int(radius)) for radius in eps}
+    record = {"n": int(curve[curve.index("--n") + 1]), "part": curve[curve.index("--images") + 1]}
+    record |= {"clean_accuracy": 0.5, "robust_accuracy": bounds}
+    (Path(folder) / "curve.json").write_text(json.dumps([record]))
+    for attack in attacks:
+        words = dict(zip(attack[::2], attack[1::2], strict=True))
+        found = {f"{words['--eps']}/255": robust}
+        record = {"n": int(words["--n"]), "version": words["--version"], "part": "test"}
+        finished_run(Path(folder), train, 0.5, found, **record)
 
 
 def test_choices_are_made_on_held_out_images_and_runs_follow_them(report, tmp_path):
     tuning = report("--todo", "tuning").splitlines()
-    assert len(tuning) == 3 + 5 and all("--images validation" in line and "--seed 1000" in line for line in tuning)
+    assert len(tuning) == 3 + 5 and all(line.count(" -- ") == 1 and "--seed 1000" in line for line in tuning)
+    assert all("-- --curve --eps 4 8 --n 64 --images validation" in line for line in tuning)
     for line in tuning[:-1]:
         finish(line)
     # n-fgsm has chosen; a λ of dyart-short is still to be tried.
@@ -60,20 +67,21 @@ def test_choices_are_made_on_held_out_images_and_runs_follow_them(report, tmp_pa
     finish(tuning[-1])
 
     runs = report("--todo", "runs").splitlines()
-    assert len(runs) == 4 and all("--images" not in line and "--n 32 --version custom" in line for line in runs)
+    assert len(runs) == 4 and all("--eps 8 --n 32 --version custom" in line for line in runs)
+    assert all("--images test" in line and "validation --" not in line for line in runs)
     assert all(f"--lr {max(BY_RATE, key=BY_RATE.get)} " in line for line in runs)
     assert ["--lambda-robust 75" in line for line in runs] == ["dyart-short" in line for line in runs]
     for line in runs:
         finish(line)
     leaders = report("--todo", "leaders").splitlines()
-    assert len(leaders) == 4 and all("--n 64 --version standard" in line for line in leaders)
+    assert len(leaders) == 4 and all("--eps 8 --n 64 --version standard" in line for line in leaders)
     for line in leaders:
         finish(line)
     table = report()
     assert [report("--todo", part) for part in ("tuning", "runs", "leaders")] == ["", "", ""]
     rows = [line for line in table.splitlines() if "| custom |" in line]
-    assert rows[0].startswith("| 8 | dyart-short | 50.0 ± 0.0 | 36.0 ± 1.4 | 36.0 ± 1.4 | custom | 32 | 2 |")
-    assert rows[1].startswith("| 8 | n-fgsm | 50.0 ± 0.0 | 31.0 ± 1.4 | 31.0 ± 1.4 |")
+    assert rows[0].startswith("| 8 | dyart-short | 50.0 ± 0.0 | 40.0 ± 1.4 | 36.0 ± 1.4 | custom | 32 | 2 |")
+    assert rows[1].startswith("| 8 | n-fgsm | 50.0 ± 0.0 | 35.0 ± 1.4 | 31.0 ± 1.4 |")
     content = json.loads((tmp_path / "methods.json").read_text())
     assert len(content["runs"]) == 8 + 4 + 4 and len(content["table"]) == 4
     assert (tmp_path / "methods.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

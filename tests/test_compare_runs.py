@@ -84,6 +84,20 @@ def test_runs_are_compared_seed_by_seed_and_run_once(report, tmp_path):
     assert report(content | {"seeds": [0, 3, 4]}, "--todo")[0].split()[0] == "one-4"
 
 
+def test_shares_of_negative_speeds_are_compared_where_all_runs_tracked_them(report, tmp_path):
+    content = comparison(seeds=[0])
+    for variant, share in (("one", 0.25), ("two", 0.4)):
+        argv = [*TRAIN.split(), "--seed", "0"]
+        finished_run(tmp_path / "runs" / f"{variant}-0", argv, 0.5, {"4/255": 0.25}, {"negative_speeds": share})
+        content = report(content, "--measure", f"{variant}-0")[1]
+    table, content = report(content)
+    assert "| | clean | 4/255 | negative speeds | seeds | spent |" in table
+    assert "| one - two | +0.0 | +0.0 | -15.0 | 1 |" in table
+    assert [run["negative_speeds"] for run in content["runs"]] == [[25.0], [40.0]]
+    del content["runs"][1]["negative_speeds"]
+    assert "| | clean | 4/255 | seeds | spent |" in report(content)[0]
+
+
 def test_margins_are_those_of_the_last_epoch_on_held_out_images(report, tmp_path):
     content = comparison(attack="margins", images=16, radii=["1", "64"], seeds=[0])
     flags = [*TRAIN.split(), "--burn-in-epochs", "0", "--validation-size", "8", "--validation-attack-iter", "1"]
