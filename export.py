@@ -11,6 +11,7 @@ leaderboard's claim, beside out.safetensors as a card to upload with them.
 import contextlib
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -146,15 +147,21 @@ def is_of_test(record: Mapping[str, Any]) -> bool:
 
 
 def figures_of(records: list[dict[str, Any]]) -> list[str]:
-    """The lines of a table of AutoAttack's records; none where there are none."""
+    """The lines of a table of AutoAttack's records, shares with their standard errors; none where there are none."""
     lines = ["", "| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"] if records else []
     for record in records:
         shown = images_of(record) + ("" if is_of_test(record) else ", of those held out for validation")
         lines += [
             f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {shown} "
-            f"| {record['clean_accuracy']:.2%} | {record['robust_accuracy']:.2%} |"
+            f"| {share_of(record, 'clean_accuracy')} | {share_of(record, 'robust_accuracy')} |"
         ]
     return lines
+
+
+def share_of(record: Mapping[str, Any], name: str) -> str:
+    """A share of a record's images in %, with the standard error that comes of their number."""
+    share = record[name]
+    return f"{share:.2%} ± {100 * math.sqrt(share * (1 - share) / record['n']):.2f}"
 
 
 def to_reproduce(settings: Mapping[str, Any], records: list[dict[str, Any]], out: Path) -> list[str]:

@@ -116,8 +116,8 @@ def test_a_full_record_makes_a_claim(folder, tmp_path):
     add_record(folder, weights="raw", robust_accuracy=0.4321)
     export.main([str(folder), str(tmp_path / "out.pt")])
     text = (tmp_path / "out.md").read_text()
-    assert "| AutoAttack standard, Linf | 8/255 | all 10000 | 93.69% | 63.89% |" in text
-    assert "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% | 80.00% |" in text
+    assert "| AutoAttack standard, Linf | 8/255 | all 10000 | 93.69% ± 0.24 | 63.89% ± 0.48 |" in text
+    assert "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% ± 0.24 | 80.00% ± 0.40 |" in text
     assert "12.34" not in text  # of other weights
     assert "43.21" not in text
     assert "No claim" not in text
@@ -394,8 +394,8 @@ def test_a_card_says_model_data_recipe_figures_and_hashes(folder, tmp_path):
         sha256(folder / "best.pt"),
         "10 classes, 32 x 32 pixels",
         "Additional data: none",
-        "| AutoAttack standard, Linf | 8/255 | all 10000 | 93.69% | 63.89% |",
-        "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% | 80.00% |",
+        "| AutoAttack standard, Linf | 8/255 | all 10000 | 93.69% ± 0.24 | 63.89% ± 0.48 |",
+        "| AutoAttack standard, Linf | 4/255 | all 10000 | 93.69% ± 0.24 | 80.00% ± 0.40 |",
         "DMWideResNet(num_classes=10, depth=16, width=1",
         "python train.py --method at --model wrn-16-1-swish",
         "python eval.py out.safetensors --eps 8/255 --norm Linf --version standard --n 10000 --batch-size 250",
