@@ -27,13 +27,13 @@ class Candidate(NamedTuple):
     checkpoint: Mapping[str, Any]  # all that is in the file
 
 
-def load_candidate(path: Path, weights: str | None = None, given: Mapping[str, Any] | None = None) -> Candidate:
+def load_candidate(path: str | Path, weights: str | None = None, given: Mapping[str, Any] | None = None) -> Candidate:
     """The model of a checkpoint file: one of ours, which knows its settings, or others' with the settings as flags.
 
     weights: which of the file's, see `experiment.weights.read_weights`. given: the flags that `add_model_flags` adds,
     None where they were left out. Raises ValueError.
     """
-    before = None
+    path, before = Path(path), None
     while before != (digest := sha256(path)):  # Training may replace the file while it is read.
         before, chosen = digest, read_weights(path, weights)
     settings = model_settings(chosen, path, given or {})

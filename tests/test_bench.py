@@ -35,6 +35,7 @@ def test_smoke_run(tmp_path):
     report = json.loads(output.read_text())
     (workload,) = report["subjects"]
     assert workload["correct"] > 0.5 and workload["norm"] == "Linf"
+    assert f"{workload['correct_timed']:.0%} of the batch that is timed" in run.stdout
     assert report["bf16_tflops_per_second"] > 0
     times = workload["times"]
     assert set(cost.STEPS) <= set(times)
@@ -47,6 +48,11 @@ def test_smoke_run(tmp_path):
         assert times[name]["ratio"]["median"] == pytest.approx(ratio)  # there is one round
         assert name in run.stdout
     assert times["search, fab"]["ratio"]["median"] > 2
+    passes = {name: times[name]["passes"] for name in cost.STEPS}
+    assert passes["clean step"] == pytest.approx(3, rel=0.02) and passes["N-FGSM step"] == pytest.approx(5, rel=0.02)
+    assert passes["PGD-10 AT step"] == pytest.approx(23, rel=0.02)
+    assert 3 < passes["DyART step"] < passes["DyART step, --search fast"] < passes["DyART step, --search fab"]
+    assert passes["DyART step"] == pytest.approx(3 + 9 * workload["correct_timed"], rel=0.1)
     assert set(workload["memory"]) == {"clean step", "DyART step"}
     for peak in workload["memory"].values():
         assert min(peak["mib"], peak["resident_mib"]) > 1

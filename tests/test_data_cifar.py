@@ -15,9 +15,10 @@ import pytest
 import torch
 import torchvision.datasets
 from children import exit_status, fork
+from evaluations import cifar10_test
 from PIL import Image
 
-from data import DATASETS, DEFAULT_DATA_DIR, cifar, load_data
+from data import DATASETS, cifar, load_data
 from data.files import DataFileError, Split, write_split
 
 PER_CLASS = {"train": 5, "test": 1}
@@ -289,8 +290,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(remote, tmp_path):
 
 
 def test_the_real_cifar10_is_what_its_entry_says():
-    if not (DEFAULT_DATA_DIR / "cifar-10" / "train.npz").exists():
-        pytest.skip("CIFAR-10 is not in data/cifar-10: scripts/quickstart.sh gets it")
+    cifar10_test()
     train, test = load_data("cifar10", download=False)
     published = {
         "train": "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a",

@@ -22,6 +22,8 @@ from models import create_model
 
 OBJECTIVE = {"lambda_robust": 40.0, "alpha": 3.0, "r0": 0.1}
 SHARED = {"search": "shared", "high_quality": False}
+# The default of the recipes, and the one before, which still has a search of its own.
+SEARCHED = {"shared": SHARED, "fast": {}}
 
 
 def mlp():
@@ -177,16 +179,19 @@ def test_search_and_training_leave_no_trace_of_each_other():
     torch.testing.assert_close(torch.cat([p.grad.flatten() for p in model.parameters()]), 1 + expected)
 
 
-def test_graphs_of_the_two_forward_passes_do_not_live_together():
-    """What autograd saves of the boundary points is gone when the clean batch goes through the network."""
+@pytest.mark.parametrize("search", SEARCHED)
+def test_graphs_of_the_two_forward_passes_do_not_live_together(search):
+    """What autograd saves of one, of the boundary points or of the clean batch, is gone when the other begins."""
     model = mlp()
     x, y = batch(model)
-    living, seen = weakref.WeakSet(), []
+    living, seen, most = weakref.WeakSet(), [], 0
 
     class Saved:
         def __init__(self, tensor):
+            nonlocal most
             self.tensor = tensor
             living.add(self)
+            most = max(most, len(living))
 
     def count(*_):
         if model.training:
@@ -194,9 +199,8 @@ def test_graphs_of_the_two_forward_passes_do_not_live_together():
 
     model.register_forward_pre_hook(count)
     with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-        loss, _ = dyart_loss(model, x, y, **OBJECTIVE)
-        assert len(living) > 0
-    assert seen == [0, 0]
+        loss, _ = dyart_loss(model, x, y, **OBJECTIVE | SEARCHED[search])
+    assert seen == [0, 0] and most > 0
     loss.backward()
 
 
@@ -248,32 +252,34 @@ def test_lambda_zero_is_clean_training():
     torch.testing.assert_close(gradient(loss, model), gradient(clean_loss(model, x, y)[0], model))
 
 
+@pytest.mark.parametrize("search", SEARCHED)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_bfloat16_and_memory_layout(layout):
+def test_bfloat16_and_memory_layout(layout, search):
     """Autocast's gradient points where float32's does, also through the weights that autocast casts once.
 
     As a mean over so many images that a few boundary points, which end elsewhere in bfloat16, do not turn it.
     """
     model, x = conv_net(), torch.rand(240, 3, 4, 4)
     y = model.eval()(x).argmax(1)
-    reference = copy.deepcopy(model)
-    expected = gradient(dyart_loss(reference, x, y, **OBJECTIVE)[0], reference)
+    reference, options = copy.deepcopy(model), OBJECTIVE | SEARCHED[search]
+    expected = gradient(dyart_loss(reference, x, y, **options)[0], reference)
     model, x = model.to(memory_format=layout), x.contiguous(memory_format=layout)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, metrics = dyart_loss(model, x, y, **OBJECTIVE)
+        loss, metrics = dyart_loss(model, x, y, **options)
     actual = gradient(loss, model)
     assert loss.dtype == metrics["margins"].dtype == torch.float32
     assert F.cosine_similarity(actual, expected, dim=0) > 0.98
     assert actual.norm().item() == pytest.approx(expected.norm().item(), rel=0.1)
 
 
-def test_compiled_model_gives_the_same_gradient():
+@pytest.mark.parametrize("search", SEARCHED)
+def test_compiled_model_gives_the_same_gradient(search):
     model, x = conv_net(), torch.rand(30, 3, 4, 4)
     y = model.eval()(x).argmax(1)
-    reference = copy.deepcopy(model)
-    expected = gradient(dyart_loss(reference, x, y, **OBJECTIVE)[0], reference)
+    reference, options = copy.deepcopy(model), OBJECTIVE | SEARCHED[search]
+    expected = gradient(dyart_loss(reference, x, y, **options)[0], reference)
     model.compile(backend="aot_eager")
-    torch.testing.assert_close(gradient(dyart_loss(model, x, y, **OBJECTIVE)[0], model), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(gradient(dyart_loss(model, x, y, **options)[0], model), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_beyond_r0_nothing_pushes():
@@ -357,15 +363,15 @@ def robust_gradient(model, x, y, **options):
 
 
 # The least cosine with the exact gradient, the least and the most of its norm as a multiple. Measured, by number of
-# linearizations: after clean training 0.986, 1.58 (1), 0.992, 1.16 (2) and 0.995, 1.11 (3); after DyART 0.962, 0.99 and
-# 0.991, 1.14 and 0.991, 1.11.
+# linearizations: after clean training 0.986, 1.58 (1), 0.992, 1.16 (2) and 0.995, 1.11 (3); after DyART 0.930, 0.91 and
+# 0.960, 1.08 and 0.979, 1.07.
 NEAR = {
     ("clean", 1): (0.92, 1.2, 2.0),
     ("clean", 2): (0.96, 0.95, 1.35),
     ("clean", 3): (0.97, 0.95, 1.3),
     ("dyart", 1): (0.92, 0.85, 1.3),
     ("dyart", 2): (0.96, 0.9, 1.3),
-    ("dyart", 3): (0.96, 0.9, 1.25),
+    ("dyart", 3): (0.97, 0.9, 1.25),
 }
 
 
