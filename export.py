@@ -28,7 +28,6 @@ from experiment.checkpoint import safetensors_bytes, write_torch
 from experiment.folder import named_checkpoints
 from experiment.settings import (
     LENGTHS,
-    OF_MACHINE,
     PLACE,
     check_stored,
     deciding,
@@ -36,6 +35,7 @@ from experiment.settings import (
     resolve,
     resolve_normalization,
     upgraded,
+    without_places,
 )
 from experiment.train_flags import flag_of
 from experiment.weights import MODEL_SETTINGS, WEIGHTS_HELP
@@ -151,17 +151,11 @@ def figures_of(records: list[dict[str, Any]]) -> list[str]:
     lines = ["", "| attack | ε | test images | clean | robust |", "| --- | --- | --- | --- | --- |"] if records else []
     for record in records:
         shown = images_of(record) + ("" if is_of_test(record) else ", of those held out for validation")
-        lines += [
-            f"| AutoAttack {record['version']}, {record['norm']} | {record['eps_text']} | {shown} "
-            f"| {share_of(record, 'clean_accuracy')} | {share_of(record, 'robust_accuracy')} |"
-        ]
+        cells = [f"AutoAttack {record['version']}, {record['norm']}", record["eps_text"], shown]
+        for share in (record["clean_accuracy"], record["robust_accuracy"]):
+            cells += [f"{share:.2%} ± {100 * math.sqrt(share * (1 - share) / record['n']):.2f}"]
+        lines += [f"| {' | '.join(cells)} |"]
     return lines
-
-
-def share_of(record: Mapping[str, Any], name: str) -> str:
-    """A share of a record's images in %, with the standard error that comes of their number."""
-    share = record[name]
-    return f"{share:.2%} ± {100 * math.sqrt(share * (1 - share) / record['n']):.2f}"
 
 
 def to_reproduce(settings: Mapping[str, Any], records: list[dict[str, Any]], out: Path) -> list[str]:
@@ -188,13 +182,6 @@ def header(candidate: Candidate) -> tuple[dict[str, str], str, dict[str, Any] | 
         return said, "", None
     beside = {name: checkpoint[name] for name in ("epoch", "validation") if name in checkpoint}
     return said, identity["weights_key"], {"settings": without_places(candidate.settings), **beside}
-
-
-def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings without the paths of its machine, but for those that name its images and its model."""
-    settings = {name: value for name, value in settings.items() if name not in OF_MACHINE}
-    files = ("pretrained", "aux_data_filename")
-    return settings | {name: Path(settings[name]).name for name in files if settings.get(name)}
 
 
 def card(candidate: Candidate, records: list[dict[str, Any]], out: Path, digest: str) -> str:

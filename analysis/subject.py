@@ -15,7 +15,7 @@ from experiment import flags
 from experiment.build import build_optimizer, stages_of
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment, named_checkpoints
-from experiment.settings import OF_MACHINE, check_stored, resolve
+from experiment.settings import check_stored, resolve
 from experiment.weights import MODEL_SETTINGS, OF_IMAGES
 from models.own import is_own
 
@@ -51,9 +51,7 @@ def load_subject(args: Any, device: torch.device) -> Subject:
     if not candidate.settings:
         settings = resolve({name: candidate.identity[name] for name in MODEL_SETTINGS})
     else:
-        here = {name: value for name, value in resolve({}).items() if name in OF_MACHINE}
-        settings = check_stored(here | dict(candidate.settings), path)
-        settings |= {name: candidate.identity[name] for name in OF_IMAGES}
+        settings = check_stored(candidate.settings, path) | {name: candidate.identity[name] for name in OF_IMAGES}
     if args.attack_eps is not None:
         eps = flags.length(args.attack_eps, settings["norm"], "--attack-eps").value
         settings = settings | {"attack_eps": eps, "attack_step": eps / 4}

@@ -13,6 +13,7 @@ from torch import nn
 
 from data import Split, balanced_subset, find_data_dir, is_path, is_sorted, load_data
 from experiment.build import build_model, load_parts
+from experiment.settings import with_places
 from experiment.weights import model_settings, read_weights
 from models.own import content_of_own
 from models.weights import load_weights
@@ -37,7 +38,7 @@ def load_candidate(path: str | Path, weights: str | None = None, given: Mapping[
     while before != (digest := sha256(path)):  # Training may replace the file while it is read.
         before, chosen = digest, read_weights(path, weights)
     settings = model_settings(chosen, path, given or {})
-    theirs = chosen.settings or {}
+    theirs = with_places(chosen.settings) if chosen.settings else {}
 
     # In the memory format of its training, which is the quicker one on the CPU.
     model = build_model({**settings, "channels_last": theirs.get("channels_last") is True})

@@ -155,6 +155,18 @@ def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings without the paths of its machine, but for those that name its images and its model."""
+    settings = {name: value for name, value in settings.items() if name not in OF_MACHINE}
+    files = ("pretrained", "aux_data_filename")
+    return settings | {name: Path(settings[name]).name for name in files if settings.get(name)}
+
+
+def with_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in an exported file, with the places of this machine that `without_places` left out."""
+    return {name: value for name, value in resolve({}).items() if name in OF_MACHINE} | dict(settings)
+
+
 def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     """Hold settings read from a file against the flags they come from: names, types and ranges.
 

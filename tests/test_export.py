@@ -364,8 +364,10 @@ def test_safetensors_know_their_model_and_run(tmp_path):
     assert {**candidate.identity, **dict.fromkeys(of_file)} == {**before.identity, **dict.fromkeys(of_file)}
     assert candidate.checkpoint["epoch"] == 5 and candidate.checkpoint["validation"]["val_robust"] == 0.5
     kept = {name: value for name, value in values.items() if name not in settings.OF_MACHINE}
-    assert candidate.settings == kept | {"pretrained": "burn_in.pt"}
-    assert eval_script.settings_of(out, None) == candidate.settings
+    kept |= {"pretrained": "burn_in.pt"}
+    assert eval_script.settings_of(out, None) == kept
+    places = {name: run_settings()[name] for name in settings.OF_MACHINE}
+    assert candidate.settings == kept | places
     with pytest.raises(ValueError, match="--model wrn-10-1-swish: .* was trained with --model wrn-16-1-swish"):
         load_candidate(out, None, {"model": "wrn-10-1-swish"})
     subject = load_subject(analyze.build_parser().parse_args([str(out)]), torch.device("cpu"))
