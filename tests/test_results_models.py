@@ -9,6 +9,7 @@ from evaluations import cifar10_test
 
 import eval as eval_script
 import export
+from data import to_input
 from evaluation.candidate import load_candidate, sha256
 from storage.files import read_json
 
@@ -54,8 +55,7 @@ def test_the_readmes_example_measures_margins(path, capsys):
     (code,) = re.findall(r"```python\n(from data import.*?)```", text, re.DOTALL)
     assert path.name in code and len(code.replace("\n\n", "\n").splitlines()) <= 6
     exec(code.replace('"results/', f'"{ROOT}/results/'), {})
-    x, labels = test.images[:8].permute(0, 3, 1, 2) / 255, test.labels[:8]
     with torch.no_grad():
-        right = load_candidate(path).model(x).argmax(1) == labels
+        right = load_candidate(path).model(to_input(test.images[:8])).argmax(1) == test.labels[:8]
     printed = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert [float(value) > 0 for value in printed[: len(right)]] == right.tolist()
