@@ -47,7 +47,7 @@ def fork(body: Callable[[], Any], output: Path | str = os.devnull) -> int:
 def fork_company(size: int, body: Callable[[int], Any], folder: Path) -> list[int]:
     """Start processes that find each other as torchrun's do, each with `body` of its rank; their numbers.
 
-    What they print goes to rank-0.txt, rank-1.txt, ... in `folder`.
+    What they print goes to rank-0.txt, rank-1.txt, ... in `folder`, which are all there (empty) when this returns.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -59,7 +59,10 @@ def fork_company(size: int, body: Callable[[int], Any], folder: Path) -> list[in
         return body(rank)
 
     folder.mkdir(parents=True, exist_ok=True)
-    return [fork(lambda rank=rank: member(rank), folder / f"rank-{rank}.txt") for rank in range(size)]
+    outputs = [folder / f"rank-{rank}.txt" for rank in range(size)]
+    for output in outputs:
+        output.write_text("")
+    return [fork(lambda rank=rank: member(rank), output) for rank, output in enumerate(outputs)]
 
 
 def exit_status(pid: int) -> int:
