@@ -15,6 +15,9 @@ CLEAN = 3.0
 # What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is
 # counted from its metrics (`spent`).
 PLANNED_CORRECT = 0.55
+# And with adaptive steps: linearizations of such an image, and the share of them that is nearer than r0.
+PLANNED_LINEARIZATIONS = 2.0
+PLANNED_WITHIN = 0.85
 # The burn-in's share of a budget; that of the short recipe, 4 of some 52 epochs' worth.
 BURN_IN_SHARE = 0.08
 
@@ -39,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 for _settings in METHODS.values():
     if "search" in _settings:
-        _settings["search_steps"] = TRAINING[_settings["search"]]["search_steps"]
+        _settings |= {name: TRAINING[_settings["search"]][name] for name in ("search_steps", "adaptive_steps")}
 LEARNING_RATES = (0.05, 0.1, 0.2)
 LAMBDAS = (75, 150, 300)
 TUNED_LAMBDA = ("dyart-short",)
@@ -51,7 +54,8 @@ def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORREC
     Parameters
     ----------
     settings : mapping
-        `method`, and where it has them `attack_iter`, `search` and `search_steps`.
+        `method`, and where it has them `attack_iter`, `search`, `search_steps` and `adaptive_steps`. With these the
+        price is the planned one, since it depends on the margins.
     correct : float
         The share of the batch that is classified correctly, which DyART's searches go on with.
 
@@ -71,7 +75,9 @@ def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORREC
         return 2 * iterations + 6.0
     if method == "trades":  # whose attack begins with the probabilities at x
         return 2 * iterations + 7.0
-    steps = settings.get("search_steps") or 0
+    steps, within = settings.get("search_steps") or 0, 1.0
+    if settings.get("adaptive_steps"):
+        steps, within = min(steps, PLANNED_LINEARIZATIONS), PLANNED_WITHIN
     searches = {
         "shared": 2 * steps * correct,
         "fast": 2 + 2 * steps * correct,
@@ -79,7 +85,7 @@ def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORREC
     }
     if method != "dyart" or settings.get("search") not in searches:
         raise ValueError(f"the passes of {method} with search {settings.get('search')!r} have not been counted")
-    return searches[settings["search"]] + 3 * correct + 3
+    return searches[settings["search"]] + 3 * within * correct + 3
 
 
 def plan(name: str, budget: float) -> dict[str, Any] | None:
@@ -91,11 +97,11 @@ def plan(name: str, budget: float) -> dict[str, Any] | None:
 
 
 def spent(settings: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> float:
-    """What a run cost, in clean epochs, from the rows of its metrics.csv: DyART's by the share of found points."""
+    """What a run cost, in clean epochs, from the rows of its metrics.csv: by `passes`, or the share of found points."""
     total = 0.0
     for row in rows:
         clean = row["stage"] in ("burn-in", "clean")
-        total += CLEAN if clean else passes_an_image(settings, row.get("found") or 0.0)
+        total += row.get("passes") or (CLEAN if clean else passes_an_image(settings, row.get("found") or 0.0))
     return total / CLEAN
 
 

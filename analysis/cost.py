@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import DEFAULT_DATA_DIR, balanced_subset, has_test, to_input
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
-from dyart.losses import LOSSES, SHARED, SHARED_STEPS
+from dyart.losses import LOSSES, SHARED
 from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin, value_and_gradient
 from dyart.modes import batch_norm_momentum, frozen, mixed_precision
 from dyart.projection import NORMS
@@ -207,11 +207,11 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
             loss = nn.functional.cross_entropy(trained(x[rows]), y[rows])
         torch.autograd.grad(loss, list(trained.parameters()))
 
+    taken_by_step = passes_taken(workload, "DyART step", options)
+
     def passes_of_step() -> None:
-        whole_gradient(slice(None))
-        for _ in range(SHARED_STEPS):
-            input_gradient(rows)
-        whole_gradient(rows)
+        for images, trained_on in taken_by_step:
+            (whole_gradient if trained_on else input_gradient)(slice(images))
 
     parts = {
         "forward": forward,
@@ -244,6 +244,17 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
             figures[name]["passes"] = figures[name]["tflops"] / one_pass
             figures[name]["of_bf16_rate"] = figures[name]["tflops"] / median / rate
     return figures
+
+
+def passes_taken(workload: Workload, name: str, options: dict[str, Any]) -> list[tuple[int, bool]]:
+    """The images of each pass that a training step takes, and whether it is one to train on."""
+    taken: list[tuple[int, bool]] = []
+    note = workload.model.register_forward_pre_hook(lambda model, x: taken.append((len(x[0]), model.training)))
+    step = training_step(workload, name, options)  # on a copy, which has the hook
+    note.remove()
+    with torch.compiler.set_stance("force_eager"):
+        step()
+    return taken
 
 
 def count_flops(step: Callable[[], Any]) -> float:

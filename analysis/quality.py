@@ -4,7 +4,6 @@ For bench.py.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +22,7 @@ from dyart.margin import (
     value_and_gradient,
 )
 from dyart.modes import frozen
+from experiment.settings import resolve
 
 REFERENCE_STEPS = 100
 
@@ -34,13 +34,15 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
     longer distances. Of the points of --search shared, which nobody looks at in training, it is said here on which side
     they lie: found are those beyond the boundary, and the distances are those of all.
 
-    Of the gradient of DyART's robust term in the parameters, without filter and overshoot, on one batch in train mode:
-    its cosine with the one at the long search's points, and its norm as a multiple of that one's.
+    Of the gradient of DyART's robust term in the parameters, with the recipe's r0 and alpha, without filter and
+    overshoot, on one batch in train mode: its cosine with the one at the long search's points, and its norm as a
+    multiple of that one's.
     """
     count, size = options["examples"], options["batch_size"]
     fast, shared = ({default, *options["steps"]} for default in (SEARCHES["fast"][1], SHARED_STEPS))
     searches: dict[str, dict[str, Any]] = {f"fast, {steps} steps": {"steps": steps} for steps in sorted(fast)}
-    searches |= {f"shared, {steps} steps": {"search": SHARED, "steps": steps} for steps in sorted(shared)}
+    adaptive = {"search": SHARED, "adaptive_steps": True}
+    searches |= {f"shared, {steps} steps": {**adaptive, "steps": steps} for steps in sorted(shared)}
     searches["fab, 20 steps (released)"] = {"search": "fab"}
     runs = {"reference": {"search": "fab", "steps": REFERENCE_STEPS, "init_radius": 0.0}} | searches
     margins: dict[str, list[Tensor]] = {name: [] for name in runs}
@@ -81,11 +83,19 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
 
 
 def _search(
-    workload: Workload, x: Tensor, y: Tensor, generator: torch.Generator, *, search: str = "fast", **arguments: Any
+    workload: Workload,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    *,
+    search: str = "fast",
+    adaptive_steps: bool = False,
+    **arguments: Any,
 ) -> Boundary:
     """Boundary points with Φ and ∇_x Φ where they lie, in eval mode."""
     if search != SHARED:
         return find_boundary(workload.model, x, y, norm=workload.norm, search=search, generator=generator, **arguments)
+    arguments |= {"reach": _objective(workload)["r0"] if adaptive_steps else None}
     boundary = approach_boundary(workload.model, x, y, norm=workload.norm, **arguments)
     with frozen(workload.model):
         value, grad = value_and_gradient(workload.model, boundary.x, y)
@@ -95,7 +105,7 @@ def _search(
 def _robust_gradients(
     workload: Workload, options: dict[str, Any], runs: dict[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """The gradient of the margins' mean on the first batch in the parameters, in train mode, flat; for each search."""
+    """The gradient of the robust term on the first batch in the parameters, in train mode, flat; for each search."""
     batch = slice(options["batch_size"])
     x, y = workload.x[batch], workload.y[batch]
 
@@ -108,6 +118,12 @@ def _robust_gradients(
     clean, gradients = gradient_of(clean_loss), {}
     for name, arguments in runs.items():
         generator = torch.Generator(x.device).manual_seed(options["seed"])
-        objective = {"lambda_robust": 1.0, "alpha": 0.0, "r0": math.inf, "norm": workload.norm, "high_quality": False}
+        objective = {**_objective(workload), "lambda_robust": 1.0, "norm": workload.norm, "high_quality": False}
         gradients[name] = gradient_of(dyart_loss, **objective, generator=generator, **arguments) - clean
     return gradients
+
+
+def _objective(workload: Workload) -> dict[str, float]:
+    """r0 and alpha of the recipe for the workload's norm."""
+    settings = resolve({"method": "dyart", "norm": workload.norm})
+    return {name: settings[name] for name in ("r0", "alpha")}

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from dyart.attacks import kl_divergence, log_probabilities, pgd
 from dyart.graphs import CudaGraphs
 from dyart.margin import (
-    approach_boundary,
+    approach_counting,
     find_boundary,
     is_locally_closest,
     margin_gradient_weights,
@@ -328,6 +328,7 @@ def dyart_loss(
     init_radius: float | None = None,
     high_quality: bool = True,
     overshoot: float = 0.0,
+    adaptive_steps: bool = False,
     generator: Source = None,
     graphs: CudaGraphs | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -343,9 +344,10 @@ def dyart_loss(
     boundary points first, so that the running statistics end on those of the clean batch.
 
     With search "shared" it is an approximation at a fraction of the price, good enough to train on: the clean batch
-    goes first, and only what it gets right, or nearly, is searched, by `approach_boundary`. Its points nobody looks at
-    before the pass that is trained on; the weights are those of the last linearization before them. In units of a
-    forward pass of the batch, with c the share of correct images, that is 3 + 2c for each step + 3c, and a little.
+    goes first, and only what it gets right, or nearly, is searched, by `approach_boundary`. Its points nobody
+    looks at before the pass that is trained on; the weights are those of the last linearization before them. In units
+    of a forward pass of the batch, with c the share of correct images, that is 3 + 2c for each step + 3c, and a little;
+    with `adaptive_steps` less.
 
     Parameters
     ----------
@@ -367,6 +369,9 @@ def dyart_loss(
     overshoot : float
         Where Φ_β of the robust term is taken: beyond x̂_i by this share of its distance, at x_i + (1 + overshoot)
         (x̂_i − x_i) clamped to the box. At 0 the gradient is that of the margins.
+    adaptive_steps : bool
+        With "shared", take `steps` for the most: as many as a margin needs, r0 being the reach of `approach_boundary`;
+        and train only on points nearer than r0, since the others push nothing.
 
     Returns
     -------
@@ -374,7 +379,8 @@ def dyart_loss(
     metrics : dict
         `loss`, `clean_loss`, `robust_loss` (the surrogate), `clean_accuracy` and, as shares of the batch, `found` and
         `kept` boundary points; `margins` (n,) in pixels of [0, 1], nan where none was found (with "shared", what the
-        last linearization makes of them).
+        last linearization makes of them). With "shared" also `passes`, of an image of the batch: forward 1, backward
+        to the input 1, to everything 2.
 
     Raises
     ------
@@ -386,6 +392,8 @@ def dyart_loss(
     _check(x)
     if not 0 <= overshoot < math.inf:
         raise ValueError(f"overshoot must be finite and at least 0, got {overshoot}")
+    if adaptive_steps and search != SHARED:
+        raise ValueError(f"adaptive_steps goes with search {SHARED!r}, not with {search!r}")
     if search == SHARED:
         if init_radius or high_quality or graphs is not None:
             raise ValueError(f"search {SHARED!r} takes no init_radius, no high_quality and no graphs")
@@ -394,13 +402,16 @@ def dyart_loss(
         clean = _freed(F.cross_entropy(logits, y), model)
         among = soft_logit_margin(logits.detach(), y, temperature) > SEARCHED_ABOVE
         steps = SHARED_STEPS if steps is None else steps
-        boundary = approach_boundary(model, x, y, among=among, norm=norm, temperature=temperature, steps=steps)
+        options = {"norm": norm, "temperature": temperature, "steps": steps}
+        reach = r0 if adaptive_steps and 0 < r0 < math.inf else None
+        boundary, linearized = approach_counting(model, x, y, among=among, reach=reach, **options)
     else:
         options = {"norm": norm, "temperature": temperature, "search": search, "steps": steps}
         boundary = find_boundary(model, x, y, **options, init_radius=init_radius, generator=generator, graphs=graphs)
     kept = is_locally_closest(x, boundary, norm) if high_quality else boundary.found
     push = torch.exp(-alpha * boundary.margin) * (boundary.margin < r0) * margin_gradient_weights(boundary, norm)
-    rows = kept.nonzero()[:, 0]
+    # What is not pushed would cost a pass for the statistics of BatchNorm alone.
+    rows = (kept & (push > 0) if adaptive_steps else kept).nonzero()[:, 0]
     model.train()
     robust = x.new_zeros(())
     # Where processes share their statistics, each takes every pass, also without a row in it: the others wait for it.
@@ -419,6 +430,8 @@ def dyart_loss(
     metrics = _detached(loss=loss, clean_loss=clean, robust_loss=robust, clean_accuracy=_accuracy(logits, y))
     metrics["found"] = boundary.found.float().mean()
     metrics["kept"] = kept.float().mean()
+    if search == SHARED:
+        metrics["passes"] = x.new_full((), 3 + (2 * linearized + 3 * len(rows)) / len(x))
     metrics["margins"] = torch.where(boundary.found, boundary.margin, math.nan)
     return loss, metrics
 

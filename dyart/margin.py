@@ -24,6 +24,10 @@ from dyart.search import (
 
 # Bound on 1 / ‖∇_x Φ‖_q. It acts only where the logit margin changes by less than 0.001 over the whole unit box.
 MAX_GRADIENT_WEIGHT = 1e3
+# Where a linearization is worth another, as multiples of the reach of `approach_boundary` (docs/results.md): the second
+# is for margins above the first number, those after it for margins above the second, none for margins above AGAIN_TO.
+AGAIN_FROM = (1 / 8, 1 / 2)
+AGAIN_TO = 1.25
 
 
 class Boundary(NamedTuple):
@@ -223,6 +227,7 @@ def approach_boundary(
     norm: str = "Linf",
     temperature: float = 5.0,
     steps: int = 1,
+    reach: float | None = None,
 ) -> Boundary:
     """Boundary points that are good enough to train on, for one pass through the network or a few.
 
@@ -237,7 +242,11 @@ def approach_boundary(
     among : Tensor (n,), bool, optional
         The examples that can be correctly classified, as far as is known. The others cost nothing and are not found.
     steps : int
-        Linearizations, at least 1: the first at x. Each takes one pass of the correctly classified examples.
+        Linearizations, at least 1: the first at x. Each takes one pass of the examples that it is for.
+    reach : float, optional
+        The margins that matter are those below, in pixels of [0, 1]. Each further linearization is then for the
+        examples that those before put between so many times the reach: `AGAIN_FROM`, by its number, and `AGAIN_TO`.
+        The others are near enough to be found already, or too far to come into reach. By default it is for all.
 
     Returns
     -------
@@ -248,36 +257,63 @@ def approach_boundary(
     Raises
     ------
     ValueError
-        For an unknown norm, pixels outside [0, 1], labels that do not fit x, or steps < 1.
+        For an unknown norm, pixels outside [0, 1], labels that do not fit x, steps < 1, or a reach that is not positive
+        and finite.
     """
+    arguments = {"norm": norm, "temperature": temperature, "steps": steps, "reach": reach}
+    return approach_counting(model, x, labels, among=among, **arguments)[0]
+
+
+def approach_counting(
+    model: nn.Module,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    among: Tensor | None,
+    norm: str,
+    temperature: float,
+    steps: int,
+    reach: float | None,
+) -> tuple[Boundary, int]:
+    """`approach_boundary`, and how many images it has linearized at, each as often as it was."""
     the_norm = lookup_norm(norm)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if reach is not None and not 0 < reach < math.inf:
+        raise ValueError(f"reach must be positive and finite, got {reach}")
     check_batch(x, labels)
     margins = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     found, points, values, grads = margins.bool(), x.detach().clone(), margins.clone(), torch.zeros_like(x)
     rows = torch.arange(len(x), device=x.device) if among is None else among.nonzero()[:, 0]
+    count = len(rows)
     if len(rows):
         with frozen(model), torch.no_grad():
             value, grad = value_and_gradient(model, x.detach()[rows], labels[rows], temperature)
             steepness = the_norm.dual(grad)
             right = ((value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()).nonzero()[:, 0]  # one host sync
             rows, value, grad = rows[right], value[right], grad[right]
-            at = origin = x.detach()[rows].flatten(1)
+            origin = x.detach()[rows].flatten(1)
             move, normal = torch.zeros_like(origin), None
-            for step in range(steps if len(rows) else 0):
+            for step in range(steps):
+                if step and reach is not None:
+                    share = margins[rows] / reach
+                    again = ((share > AGAIN_FROM[min(step, len(AGAIN_FROM)) - 1]) & (share < AGAIN_TO)).nonzero()[:, 0]
+                    rows, origin, move, normal = rows[again], origin[again], move[again], normal[again]
+                if not len(rows):
+                    break
                 if step:
-                    value, grad = value_and_gradient(model, at.view(-1, *x.shape[1:]), labels[rows], temperature)
+                    value, grad = value_and_gradient(model, points[rows], labels[rows], temperature)
+                    count += len(rows)
                 # Bolder than the fast search, which has more steps to mend what one spoils: nearer to the direction of
                 # the closest point, and not so much longer than the way there (docs/results.md).
                 weight = 1 - step / (steps + 3)
                 move, onto, normal = turn(origin, move, normal, value, grad, the_norm, weight, latest=0.7)
                 at = (origin + onto[:, None] * move).clamp(0, 1)
                 move = at - origin
-        found[rows], points[rows] = True, at.view(-1, *x.shape[1:])
-        margins[rows], values[rows] = the_norm.length(move), value
-        grads[rows] = grad.view(-1, *x.shape[1:])
-    return Boundary(points, found, margins, values, grads)
+                found[rows], points[rows] = True, at.view(-1, *x.shape[1:])
+                margins[rows], values[rows] = the_norm.length(move), value
+                grads[rows] = grad.view(-1, *x.shape[1:])
+    return Boundary(points, found, margins, values, grads), count
 
 
 def is_locally_closest(x: Tensor, boundary: Boundary, norm: str = "Linf") -> Tensor:

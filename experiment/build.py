@@ -199,7 +199,7 @@ def loss_options(settings: dict[str, Any], method: str) -> dict[str, Any]:
     s = settings
     if method == "dyart":
         names = ("lambda_robust", "alpha", "r0", "overshoot", "temperature")
-        names += ("norm", "search", "init_radius", "high_quality")
+        names += ("norm", "search", "adaptive_steps", "init_radius", "high_quality")
         return {name: s[name] for name in names} | {"steps": s["search_steps"]}
     options = {"norm": s["norm"], "eps": s["attack_eps"]}
     if method in SINGLE_STEP:

@@ -50,7 +50,7 @@ DECIDING = (
 LATER = {"tf32": True, "cuda_graphs": False, "overshoot": 0.0, "recipe": "paper"}
 LATER |= dict.fromkeys(OWN) | {"sync_batch_norm": False}
 LATER |= {"rules": 1, "pretrained_weights": None, "cache_dir": None, "aux_data_content": None}
-LATER |= {"model_content": None, "tensorboard": False}
+LATER |= {"model_content": None, "tensorboard": False, "adaptive_steps": False}
 NULLABLE = {"clip_grad", "train_subset", "search_steps", "init_radius", "validation_size"}
 NULLABLE |= {"cache_dir", "aux_data_content", "model_content", *OWN}
 NULLABLE |= {"mean", "std", "pretrained", "pretrained_weights", "aux_data_filename", "checkpoint_minutes"}
@@ -90,6 +90,8 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     if alone and values["search"] == SHARED:
         flag = f"{flag_of(alone[0])} {flags.plain(given[alone[0]])}"
         raise ValueError(f"{flag}: goes with --search {' or '.join(SEARCHES)}, not with {SHARED}")
+    if given.get("adaptive_steps") and values["search"] != SHARED:
+        raise ValueError(f"--adaptive-steps true: goes with --search {SHARED}, not with {values['search']}")
     own = TRAINING[values["search"]]
     values = own | values
     if values["search_steps"] is None:

@@ -301,7 +301,9 @@ def test_beyond_r0_nothing_pushes():
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("overshoot", [0.0, 0.05])
-def test_shared_passes_give_the_exact_gradient_where_the_margin_is_linear(norm, steps, overshoot):
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_shared_passes_give_the_exact_gradient_where_the_margin_is_linear(norm, steps, overshoot, adaptive):
+    """Also where those that are not pushed take no part in it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).double()  # of two classes: Φ_β is z_y - z_k for every β
     x = 0.3 + 0.4 * torch.rand(20, 12, dtype=torch.float64)
@@ -309,9 +311,6 @@ def test_shared_passes_give_the_exact_gradient_where_the_margin_is_linear(norm, 
         model[1].bias -= model(x).mean(0)  # so that margins are shorter than the way to the box
     y = model(x).argmax(1)
     y[::4] = 1 - y[::4]
-    options = OBJECTIVE | {"norm": norm, "overshoot": overshoot, "r0": 0.3}
-    loss, metrics = dyart_loss(model, x, y, **options, **SHARED, steps=steps)
-
     normal = (model[1].weight[y] - model[1].weight[1 - y]).detach()
     order = {"Linf": 1, "L2": 2}[norm]
     steepness = torch.linalg.vector_norm(normal, order, dim=1)
@@ -321,8 +320,12 @@ def test_shared_passes_give_the_exact_gradient_where_the_margin_is_linear(norm, 
     right = margin > 0
     assert right.sum() == 15
     assert 0.3 > margin[right].max() > 0.01
+    r0 = margin[right].median().item() + 1e-6
+    options = OBJECTIVE | {"norm": norm, "overshoot": overshoot, "r0": r0, "adaptive_steps": adaptive}
+    loss, metrics = dyart_loss(model, x, y, **options, **SHARED, steps=steps)
     beyond = x - (1 + overshoot) * margin[:, None] * along
-    push = right * torch.exp(-3 * margin) / steepness
+    push = right * (margin < r0) * torch.exp(-3 * margin) / steepness
+    assert (push > 0).sum() == 8
     expected = F.cross_entropy(model(x), y) - 40.0 / 20 * (push * soft_logit_margin(model(beyond), y)).sum()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, model), gradient(expected, model))
@@ -362,16 +365,18 @@ def robust_gradient(model, x, y, **options):
     return gradient(loss, whole) - gradient(clean_loss(clean, x, y)[0], clean)
 
 
-# The least cosine with the exact gradient, the least and the most of its norm as a multiple. Measured, by number of
-# linearizations: after clean training 0.986, 1.58 (1), 0.992, 1.16 (2) and 0.995, 1.11 (3); after DyART 0.930, 0.91 and
-# 0.960, 1.08 and 0.979, 1.07.
+# The least cosine with the exact gradient, the least and the most of its norm as a multiple, by number of
+# linearizations, be they adaptive or not. Measured over weights of seeds 0 to 5, on one processor, since what another
+# makes of the last digit grows into other weights as well; the least cosine, the norms: after clean training 0.927,
+# 1.21 to 1.58 (1); 0.964, 1.14 to 1.37 (2); 0.967, 1.11 to 1.28 (3), adaptive 0.964, 1.15 to 1.37; after DyART 0.876,
+# 0.80 to 1.14; 0.958, 1.00 to 1.15, adaptive 0.940, 0.90 to 1.05; 0.946, 0.96 to 1.12, adaptive 0.939, 0.86 to 1.05.
 NEAR = {
-    ("clean", 1): (0.92, 1.2, 2.0),
-    ("clean", 2): (0.96, 0.95, 1.35),
-    ("clean", 3): (0.97, 0.95, 1.3),
-    ("dyart", 1): (0.92, 0.85, 1.3),
-    ("dyart", 2): (0.96, 0.9, 1.3),
-    ("dyart", 3): (0.97, 0.9, 1.25),
+    ("clean", 1): (0.90, 1.1, 1.7),
+    ("clean", 2): (0.95, 1.05, 1.45),
+    ("clean", 3): (0.95, 1.05, 1.45),
+    ("dyart", 1): (0.85, 0.75, 1.2),
+    ("dyart", 2): (0.93, 0.85, 1.2),
+    ("dyart", 3): (0.93, 0.8, 1.2),
 }
 
 
@@ -384,20 +389,23 @@ def exact_gradients(trained):
 
 
 @pytest.mark.parametrize(("weights", "steps"), NEAR)
-def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(trained, exact_gradients, weights, steps):
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(
+    trained, exact_gradients, weights, steps, adaptive
+):
     models, x, y = trained
     cosine, least, most = NEAR[weights, steps]
     exact = exact_gradients[weights]
-    cheap = robust_gradient(models[weights], x, y, **SHARED, steps=steps)
+    cheap = robust_gradient(models[weights], x, y, **SHARED, steps=steps, adaptive_steps=adaptive)
     assert F.cosine_similarity(cheap, exact, dim=0) > cosine
     assert least < cheap.norm() / exact.norm() < most
 
 
-# The most that the median of the weights may be off. Measured: after clean training 1.114, 1.014 and 1.009, after DyART
-# 1.099, 1.050 and 1.014.
+# The most that the median of the weights may be off. Measured over the same seeds: after clean training at most 1.114,
+# 1.031 and 1.021, after DyART 1.090, 1.062 and 1.013.
 OFF = {
     ("clean", 1): 0.2,
-    ("clean", 2): 0.03,
+    ("clean", 2): 0.05,
     ("clean", 3): 0.03,
     ("dyart", 1): 0.2,
     ("dyart", 2): 0.1,
@@ -426,11 +434,27 @@ def test_shared_passes_are_as_many_as_they_are_said_to_be():
     x, y = batch(model)
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), module.training)))
-    dyart_loss(model, x, y, **OBJECTIVE, **SHARED, steps=3)
+    _, metrics = dyart_loss(model, x, y, **OBJECTIVE, **SHARED, steps=3)
     value = soft_logit_margin(model(x), y)
     right, nearly = (value > 0).sum().item(), (value > -0.5).sum().item()
     assert 5 < right < nearly < 20
     assert seen[:-1] == [(20, True), (nearly, False), (right, False), (right, False), (right, True)]
+    assert metrics["passes"].item() == pytest.approx(3 + (2 * (nearly + 2 * right) + 3 * right) / 20)
+
+
+def test_adaptive_steps_are_as_many_as_margins_need():
+    model = mlp()
+    x, y = batch(model, 200)
+    seen = []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append((len(inputs[0]), module.training)))
+    objective = OBJECTIVE | {"r0": 0.03}
+    _, metrics = dyart_loss(model, x, y, **objective, **SHARED, steps=3, adaptive_steps=True)
+    (batch_size, _), (searched, _), (second, _), (third, _), (trained_on, mode) = seen
+    assert batch_size == 200 > searched > second > third > 10 and mode
+    assert metrics["passes"].item() == pytest.approx(3 + (2 * (searched + second + third) + 3 * trained_on) / 200)
+    assert trained_on == (metrics["margins"] < 0.03).sum() < metrics["found"] * 200 - 5
+    dyart_loss(model, x, y, **objective | {"r0": math.inf}, **SHARED, steps=3, adaptive_steps=True)
+    assert [rows for rows, _ in seen[5:]] == [200, searched, *[round(metrics["found"].item() * 200)] * 3]
 
 
 @pytest.mark.parametrize("search", ["fast", "shared"])
@@ -477,5 +501,7 @@ def test_shared_passes_refuse_what_they_do_not_take():
     for options in ({"high_quality": True}, {"high_quality": False, "init_radius": 0.1}):
         with pytest.raises(ValueError, match="search 'shared' takes no init_radius, no high_quality and no graphs"):
             dyart_loss(model, x, y, search="shared", **options)
+    with pytest.raises(ValueError, match="adaptive_steps goes with search 'shared', not with 'fast'"):
+        dyart_loss(model, x, y, adaptive_steps=True)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         dyart_loss(model, x, y, **SHARED, steps=0)

@@ -450,11 +450,32 @@ def test_approach_leaves_out_what_has_no_gradient():
     assert all(field.isfinite().all() for field in boundary)
 
 
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_approach_takes_more_linearizations_where_a_margin_lies_within_reach_and_is_not_near(norm, steps):
+    model, x = steepened(mlp()), images(200, 12)
+    y, seen = model(x).argmax(1), []
+    first = approach_boundary(model, x, y, norm=norm, steps=1)
+    all_the_way = approach_boundary(model, x, y, norm=norm, steps=steps)
+    reach = first.margin[first.found].quantile(0.7).item()
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    boundary = approach_boundary(model, x, y, norm=norm, steps=steps, reach=reach)
+    again = (first.margin > reach / 8) & (first.margin < 1.25 * reach)
+    assert seen[:2] == [200, again.sum()] and len(seen) == steps and seen == sorted(seen, reverse=True)
+    assert (first.found & ~again).sum() > 10 and (steps == 2 or 10 < seen[2] < seen[1] - 10)
+    assert torch.equal(boundary.x[~again], first.x[~again])
+    # Of the others some went all the way, the rest came out below half of the reach or beyond it.
+    stopped = (again & (boundary.x != all_the_way.x).any(1)).nonzero()[:, 0]
+    assert ((boundary.margin < reach / 2) | (boundary.margin > 1.25 * reach))[stopped].all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"norm": "L1"}, "unknown norm 'L1'"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"reach": 0.0}, "reach must be positive and finite, got 0.0"),
+        ({"reach": math.inf}, "reach must be positive and finite, got inf"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels must have shape \(2,\) to fit x, got \(3,\)"),
         ({"x": torch.full((2, 12), 1.01)}, r"x must lie in \[0, 1\]"),
     ],

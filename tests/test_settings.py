@@ -57,6 +57,7 @@ CIFAR10 = {
     "norm": "Linf",
     "search": "shared",
     "search_steps": 3,
+    "adaptive_steps": True,
     "init_radius": None,
     "high_quality": False,
     "overshoot": 0.05,
@@ -97,8 +98,9 @@ BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epo
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
 SHORT = {"recipe": "short", "burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128}
 SHORT |= {"scheduler": "cyclic", "lr": 0.2, "lambda_robust": 150.0, "clip_grad": 3.0}
-FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
-FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0, "high_quality": True}
+FAST = {"search": "fast", "search_steps": 6, "adaptive_steps": False, "high_quality": True}
+FAB = {"search": "fab", "search_steps": 20, "adaptive_steps": False, "init_radius": 8 / 255, "overshoot": 0.0}
+FAB |= {"high_quality": True}
 
 L2 = {"norm": "L2", "attack_eps": 128 / 255, "attack_step": 32 / 255, "r0": 1.0, "alpha": 0.2, "lambda_robust": 25.0}
 
@@ -141,8 +143,9 @@ OURS = {
     "--recipe short --cuda-graphs": SHORT | FAST | {"cuda_graphs": True},
     "--high-quality false": {"high_quality": False},
     "--search fast --search-steps none --overshoot 0": FAST | {"overshoot": 0.0},
-    "--search fab --high-quality false": {"search": "fab", "search_steps": 20, "overshoot": 0.0, "high_quality": False},
+    "--search fab --high-quality false": FAB | {"init_radius": None, "high_quality": False},
     "--search-steps 2": {"search_steps": 2},
+    "--adaptive-steps false": {"adaptive_steps": False},
     "--pretrained /x/b.pt": BURNT_IN,
     "--r0 20/255 --alpha 4 --lambda-robust 300 --clip-grad none": {"r0": 20 / 255, "alpha": 4.0}
     | {"lambda_robust": 300.0, "clip_grad": None},
@@ -269,6 +272,7 @@ def test_a_folders_name_tells_what_differs_from_the_recipe():
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 SWITCHES = ["group-norm", "GroupNorm", "normalize", "nesterov", "augment", "high-quality", "use_high_quality"]
+SWITCHES += ["adaptive-steps"]
 SWITCHES += ["sync-batch-norm", "channels-last", "tf32", "compile", "cuda-graphs", "detect-anomaly", "dry-run"]
 SWITCHES += ["tensorboard"]
 SWITCHES += ["clean_training", "DyART", "mart"]
@@ -370,6 +374,8 @@ def test_a_bad_value_is_refused_in_one_line_that_names_it(name, tmp_path, monkey
         ("--method n-fgsm --attack-iter 10 --dry-run", ["--attack-iter 10", "n-fgsm", "one step"]),
         ("--method fgsm-rs --attack-step 2/255 --dry-run", ["--attack-step 2/255", "fgsm-rs", "--attack-eps"]),
         ("--search shared --high-quality true --dry-run", ["--high-quality true", "fast or fab", "shared"]),
+        ("--search fast --adaptive-steps true --dry-run", ["--adaptive-steps true", "shared", "fast"]),
+        ("--cuda-graphs --adaptive-steps true --dry-run", ["--adaptive-steps true", "shared", "fast"]),
         ("--recipe short --norm L2 --dry-run", ["--recipe short", "in Linf"]),
         ("--recipe short --group-norm --dry-run", ["--recipe short", "GroupNorm"]),
         ("--recipe short --dataset tiny-imagenet --dry-run", ["--recipe short", "cifar10, cifar100"]),
