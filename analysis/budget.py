@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dyart.losses import SINGLE_STEP
-from experiment.recipes import CIFAR10, SHORT, TRAINING
+from experiment.recipes import CIFAR10, SHORT, search_recipe
 
 CLEAN = 3.0
 # What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is
@@ -42,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 for _settings in METHODS.values():
     if "search" in _settings:
-        _settings |= {name: TRAINING[_settings["search"]][name] for name in ("search_steps", "adaptive_steps")}
+        _settings |= {name: search_recipe(_settings["search"])[name] for name in ("search_steps", "adaptive_steps")}
 LEARNING_RATES = (0.05, 0.1, 0.2)
 LAMBDAS = (75, 150, 300)
 TUNED_LAMBDA = ("dyart-short",)
