@@ -411,7 +411,7 @@ def dyart_loss(
     kept = is_locally_closest(x, boundary, norm) if high_quality else boundary.found
     push = torch.exp(-alpha * boundary.margin) * (boundary.margin < r0) * margin_gradient_weights(boundary, norm)
     # What is not pushed would cost a pass for the statistics of BatchNorm alone.
-    rows = (kept & (push > 0) if adaptive_steps else kept).nonzero()[:, 0]
+    rows = (kept & (push != 0) if adaptive_steps else kept).nonzero()[:, 0]
     model.train()
     robust = x.new_zeros(())
     # Where processes share their statistics, each takes every pass, also without a row in it: the others wait for it.

@@ -24,10 +24,9 @@ from dyart.search import (
 
 # Bound on 1 / ‖∇_x Φ‖_q. It acts only where the logit margin changes by less than 0.001 over the whole unit box.
 MAX_GRADIENT_WEIGHT = 1e3
-# Where a linearization is worth another, as multiples of the reach of `approach_boundary` (docs/results.md): the second
-# is for margins above the first number, those after it for margins above the second, none for margins above AGAIN_TO.
-AGAIN_FROM = (1 / 8, 1 / 2)
-AGAIN_TO = 1.25
+# For which margins a linearization is worth another, as multiples of the reach of `approach_boundary`: the second, and
+# those after it. The first puts some margins at twice of what they are (docs/results.md).
+WORTH_ANOTHER = ((1 / 8, 2.0), (1 / 2, 1.25))
 
 
 class Boundary(NamedTuple):
@@ -245,8 +244,8 @@ def approach_boundary(
         Linearizations, at least 1: the first at x. Each takes one pass of the examples that it is for.
     reach : float, optional
         The margins that matter are those below, in pixels of [0, 1]. Each further linearization is then for the
-        examples that those before put between so many times the reach: `AGAIN_FROM`, by its number, and `AGAIN_TO`.
-        The others are near enough to be found already, or too far to come into reach. By default it is for all.
+        examples that those before put between so many times the reach: `WORTH_ANOTHER`. The others are near enough to
+        be found already, or too far to come into reach. By default it is for all.
 
     Returns
     -------
@@ -296,8 +295,8 @@ def approach_counting(
             move, normal = torch.zeros_like(origin), None
             for step in range(steps):
                 if step and reach is not None:
-                    share = margins[rows] / reach
-                    again = ((share > AGAIN_FROM[min(step, len(AGAIN_FROM)) - 1]) & (share < AGAIN_TO)).nonzero()[:, 0]
+                    least, most = WORTH_ANOTHER[min(step, len(WORTH_ANOTHER)) - 1]
+                    again = ((margins[rows] > least * reach) & (margins[rows] < most * reach)).nonzero()[:, 0]
                     rows, origin, move, normal = rows[again], origin[again], move[again], normal[again]
                 if not len(rows):
                     break

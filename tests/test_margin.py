@@ -457,10 +457,10 @@ def test_approach_takes_more_linearizations_where_a_margin_lies_within_reach_and
     y, seen = model(x).argmax(1), []
     first = approach_boundary(model, x, y, norm=norm, steps=1)
     all_the_way = approach_boundary(model, x, y, norm=norm, steps=steps)
-    reach = first.margin[first.found].quantile(0.7).item()
+    reach = first.margin[first.found].quantile(0.5).item()
     model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     boundary = approach_boundary(model, x, y, norm=norm, steps=steps, reach=reach)
-    again = (first.margin > reach / 8) & (first.margin < 1.25 * reach)
+    again = (first.margin > reach / 8) & (first.margin < 2 * reach)
     assert seen[:2] == [200, again.sum()] and len(seen) == steps and seen == sorted(seen, reverse=True)
     assert (first.found & ~again).sum() > 10 and (steps == 2 or 10 < seen[2] < seen[1] - 10)
     assert torch.equal(boundary.x[~again], first.x[~again])
