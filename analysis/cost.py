@@ -29,6 +29,7 @@ from experiment.build import build_model, loss_options
 from experiment.folder import named_checkpoints
 from experiment.images import resolve_images
 from experiment.processes import ALONE, Processes
+from experiment.recipes import recipe
 from experiment.settings import resolve, resolve_normalization
 from experiment.train_flags import with_own_model
 from experiment.weights import MODEL_SETTINGS
@@ -70,6 +71,8 @@ class Workload(NamedTuple):
     y: Tensor
     autocast: Callable[[], Any]
     norm: str
+    # Of DyART's loss: r0, alpha and adaptive_steps.
+    objective: dict[str, Any]
 
     def correct(self) -> Tensor:
         """Which examples have a margin. (n,)"""
@@ -116,7 +119,13 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     def autocast() -> Any:
         return mixed_precision(options["amp"], device.type)
 
-    return Workload(model, identity, x, y, autocast, norm or "Linf")
+    norm = norm or "Linf"
+    asked = candidate.settings if target is not None else {}
+    usual = recipe(identity["dataset"], "dyart", generated=False, group_norm=identity["group_norm"], norm=norm)
+    objective = {name: asked.get(name, usual[name]) for name in ("r0", "alpha")}
+    # An untrained model's margins are no trained one's: its steps take all linearizations.
+    objective["adaptive_steps"] = target is not None
+    return Workload(model, identity, x, y, autocast, norm, objective)
 
 
 def measured_on(identity: Mapping[str, Any]) -> str:
@@ -143,7 +152,9 @@ def training_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, **sgd)
     n = min(options["batch_size"], len(workload.y))
     x, y = workload.x[:n][processes.rows(n)], workload.y[:n][processes.rows(n)]
-    arguments = loss_options(resolve({"method": method, "norm": workload.norm, **extra}), method)
+    settings = resolve({"method": method, "norm": workload.norm, **extra})
+    own = workload.objective if extra.get("search") == SHARED else {**workload.objective, "adaptive_steps": False}
+    arguments = loss_options(settings | own, method)
     if extra.get("search") == "fast" and options["cuda_graphs"]:
         arguments["graphs"] = CudaGraphs()
     statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]

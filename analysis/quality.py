@@ -22,7 +22,6 @@ from dyart.margin import (
     value_and_gradient,
 )
 from dyart.modes import frozen
-from experiment.settings import resolve
 
 REFERENCE_STEPS = 100
 
@@ -32,17 +31,18 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
 
     The long search is the released recipe (--search fab) with 100 iterations, but started at x: a random start finds
     longer distances. Of the points of --search shared, which nobody looks at in training, it is said here on which side
-    they lie: found are those beyond the boundary, and the distances are those of all.
+    they lie: found are those beyond the boundary, and the distances are those of all; if adaptive, also of those that
+    are too far to be worth another linearization.
 
-    Of the gradient of DyART's robust term in the parameters, with the recipe's r0 and alpha, without filter and
+    Of the gradient of DyART's robust term in the parameters, with r0 and alpha of the training, without filter and
     overshoot, on one batch in train mode: its cosine with the one at the long search's points, and its norm as a
-    multiple of that one's.
+    multiple of that one's; nothing where that one is 0.
     """
     count, size = options["examples"], options["batch_size"]
     fast, shared = ({default, *options["steps"]} for default in (SEARCHES["fast"][1], SHARED_STEPS))
     searches: dict[str, dict[str, Any]] = {f"fast, {steps} steps": {"steps": steps} for steps in sorted(fast)}
-    adaptive = {"search": SHARED, "adaptive_steps": True}
-    searches |= {f"shared, {steps} steps": {**adaptive, "steps": steps} for steps in sorted(shared)}
+    searches |= {f"shared, {steps} steps": {"search": SHARED, "steps": steps} for steps in sorted(shared)}
+    searches["shared, adaptive"] = {"search": SHARED, "adaptive_steps": True}
     searches["fab, 20 steps (released)"] = {"search": "fab"}
     runs = {"reference": {"search": "fab", "steps": REFERENCE_STEPS, "init_radius": 0.0}} | searches
     margins: dict[str, list[Tensor]] = {name: [] for name in runs}
@@ -76,8 +76,9 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
             row |= {"ratio_mean": ratio.mean().item(), "ratio_median": ratio.median().item()}
             row |= {"ratio_95": ratio.quantile(0.95).item(), "margin_median": margin[counts].median().item()}
             row["distance_from_boundary"] = torch.cat(values[name])[counts].abs().mean().item()
-        row["gradient_cosine"] = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
-        row["gradient_norm"] = (gradient.norm() / exact.norm()).item()
+        if exact.any():
+            row["gradient_cosine"] = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
+            row["gradient_norm"] = (gradient.norm() / exact.norm()).item()
         figures.append(row)
     return figures
 
@@ -95,8 +96,9 @@ def _search(
     """Boundary points with Φ and ∇_x Φ where they lie, in eval mode."""
     if search != SHARED:
         return find_boundary(workload.model, x, y, norm=workload.norm, search=search, generator=generator, **arguments)
-    arguments |= {"reach": _objective(workload)["r0"] if adaptive_steps else None}
-    boundary = approach_boundary(workload.model, x, y, norm=workload.norm, **arguments)
+    arguments = {"steps": SHARED_STEPS} | arguments
+    reach = workload.objective["r0"] if adaptive_steps else None
+    boundary = approach_boundary(workload.model, x, y, norm=workload.norm, reach=reach, **arguments)
     with frozen(workload.model):
         value, grad = value_and_gradient(workload.model, boundary.x, y)
     return boundary._replace(found=boundary.found & (value < 0), value=value, grad=grad.view_as(x))
@@ -118,12 +120,7 @@ def _robust_gradients(
     clean, gradients = gradient_of(clean_loss), {}
     for name, arguments in runs.items():
         generator = torch.Generator(x.device).manual_seed(options["seed"])
-        objective = {**_objective(workload), "lambda_robust": 1.0, "norm": workload.norm, "high_quality": False}
+        objective = {name: workload.objective[name] for name in ("r0", "alpha")} | {"lambda_robust": 1.0}
+        objective |= {"norm": workload.norm, "high_quality": False}
         gradients[name] = gradient_of(dyart_loss, **objective, generator=generator, **arguments) - clean
     return gradients
-
-
-def _objective(workload: Workload) -> dict[str, float]:
-    """r0 and alpha of the recipe for the workload's norm."""
-    settings = resolve({"method": "dyart", "norm": workload.norm})
-    return {name: settings[name] for name in ("r0", "alpha")}

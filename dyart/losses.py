@@ -371,7 +371,7 @@ def dyart_loss(
         (x̂_i − x_i) clamped to the box. At 0 the gradient is that of the margins.
     adaptive_steps : bool
         With "shared", take `steps` for the most: as many as a margin needs, r0 being the reach of `approach_boundary`;
-        and train only on points nearer than r0, since the others push nothing.
+        and train only on points nearer than r0, since the others push nothing. With an r0 of inf, all of them.
 
     Returns
     -------

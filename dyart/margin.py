@@ -289,7 +289,7 @@ def approach_counting(
         with frozen(model), torch.no_grad():
             value, grad = value_and_gradient(model, x.detach()[rows], labels[rows], temperature)
             steepness = the_norm.dual(grad)
-            right = ((value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()).nonzero()[:, 0]  # one host sync
+            right = ((value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()).nonzero()[:, 0]
             rows, value, grad = rows[right], value[right], grad[right]
             origin = x.detach()[rows].flatten(1)
             move, normal = torch.zeros_like(origin), None

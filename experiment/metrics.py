@@ -19,9 +19,10 @@ class Meter:
         metrics = dict(metrics)
         margins = metrics.pop("margins", torch.zeros(0)).float().cpu()
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
-        sums = self.state["sums"]
+        sums, begun = self.state["sums"], bool(self.state["images"])
         for name, value in zip(metrics, values, strict=True):
-            sums[name] = sums.get(name, 0.0) + value * images
+            if name in sums or not begun:  # one that a version before did not have comes too late to be a mean of all
+                sums[name] = sums.get(name, 0.0) + value * images
         sums["grad_norm"] = sums.get("grad_norm", 0.0) + grad_norm * images
         self.state["images"] += images
         self.state["steps"] += 1

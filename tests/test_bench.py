@@ -12,7 +12,7 @@ import bench
 from analysis import company, cost
 from analysis.company import PARTS, SHARED_OUT
 from dyart.losses import SHARED_STEPS
-from dyart.margin import SEARCHES
+from dyart.margin import SEARCHES, find_boundary
 from experiment.processes import ALONE
 
 ROOT = Path(__file__).parents[1]
@@ -52,32 +52,38 @@ def test_smoke_run(tmp_path):
     assert passes["clean step"] == pytest.approx(3, rel=0.02) and passes["N-FGSM step"] == pytest.approx(5, rel=0.02)
     assert passes["PGD-10 AT step"] == pytest.approx(23, rel=0.02)
     assert 3 < passes["DyART step"] < passes["DyART step, --search fast"] < passes["DyART step, --search fab"]
-    assert passes["DyART step"] < 3.3 + 9 * workload["correct_timed"]
+    assert passes["DyART step"] == pytest.approx(3 + 9 * workload["correct_timed"], rel=0.1)
     assert set(workload["memory"]) == {"clean step", "DyART step"}
     for peak in workload["memory"].values():
         assert min(peak["mib"], peak["resident_mib"]) > 1
         assert peak["of_clean"] == peak["mib"] / workload["memory"]["clean step"]["mib"]
-    reference, fast, shared, released = workload["quality"]
+    reference, fast, shared, adaptive, released = workload["quality"]
     assert all(row["gradient_cosine"] > 0.5 for row in workload["quality"])
     assert (
         reference["gradient_cosine"] == pytest.approx(1, abs=1e-5)
         and shared["search"] == f"shared, {SHARED_STEPS} steps"
+        and adaptive["search"] == "shared, adaptive"
     )
     assert reference["ratio_mean"] == 1
     assert fast["search"] == f"fast, {SEARCHES['fast'][1]} steps"
     assert 0.9 < fast["ratio_mean"] < released["ratio_mean"] * 1.1
 
 
-def test_a_step_takes_the_passes_of_its_bare_ones():
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_step_takes_the_passes_of_its_bare_ones(adaptive):
     given = options() | {"rounds": 1}
     workload = cost.load_workload(None, given)
+    assert workload.objective == {"r0": 16 / 255, "alpha": 3.0, "adaptive_steps": False}
+    images = given["batch_size"]
+    margins = find_boundary(workload.model, workload.x[:images], workload.y[:images]).margin
+    r0 = margins.median().item()  # so that some are near, and some beyond
+    workload = workload._replace(objective=workload.objective | {"r0": r0, "adaptive_steps": adaptive})
     taken = cost.passes_taken(workload, "DyART step", given)
-    images = len(workload.y[: given["batch_size"]])
-    assert taken[0] == (images, True) and [trained_on for _, trained_on in taken[1:]] == [False] * (len(taken) - 2) + [
-        True
-    ]
-    count = sum((3 if trained_on else 2) * n for n, trained_on in taken) / images
+    rows = [n for n, _ in taken]
+    assert [trained_on for _, trained_on in taken] == [True, False, False, False, True]
+    assert rows == [images] * 5 if not adaptive else rows[0] == images > rows[3] and rows[4] < images
     times = cost.measure_times(workload, given, 1.0)
+    count = sum((3 if trained_on else 2) * n for n, trained_on in taken) / images
     assert times["DyART step"]["passes"] == pytest.approx(count, rel=0.02)
     assert not workload.model._forward_pre_hooks
 

@@ -62,6 +62,14 @@ def test_a_plan_spends_its_budget_and_not_more(name: str, budget: float) -> None
     assert resolve({"dataset": "cifar10", **planned, **tunings(name)[0]})["epochs"] == planned["epochs"]
 
 
+def test_a_step_with_adaptive_steps_is_planned_at_two_linearizations() -> None:
+    """Of the 0.55 that are right, of which 0.85 are trained on; what it did spend it says itself."""
+    assert passes_an_image(METHODS["dyart"]) == pytest.approx(3 + 0.55 * (2 * 2 + 0.85 * 3))
+    rows = [{"stage": "dyart", "found": 0.55, "passes": 9.0}, {"stage": "dyart", "found": 0.4}]
+    settings = METHODS["dyart"] | {"adaptive_steps": False}
+    assert spent(settings, rows) == pytest.approx((9 + 3 + 9 * 0.4) / 3)
+
+
 def test_what_was_not_counted_has_no_price() -> None:
     with pytest.raises(ValueError, match=r"dyart with search 'other' have not been counted"):
         passes_an_image({"method": "dyart", "search": "other"})

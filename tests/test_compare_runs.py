@@ -116,6 +116,12 @@ def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_pa
     finished_run(tmp_path / "runs" / "one-0", TRAIN.split(), 0.5, {"4/255": 0.25})
     content = report(content, "--measure", "one-0")[1]
     assert "seed" not in content["settings"]["one"]
+    # A setting that came later was what it is for folders from before.
+    of_one = {name: value for name, value in content["settings"]["one"].items() if name != "adaptive_steps"}
+    before = content | {"settings": content["settings"] | {"one": of_one}}
+    with pytest.raises(ValueError, match="one was trained with adaptive_steps False, now True; compare"):
+        report(before, "--todo")
+    report(before | {"variants": content["variants"] | {"one": "--adaptive-steps false"}}, "--todo")
     torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "a.pt")
     with pytest.raises(ValueError, match="one was trained with pretrained_sha256 .*, now .*in a new file"):
         report(content)

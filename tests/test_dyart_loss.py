@@ -477,6 +477,11 @@ def test_with_shared_statistics_every_process_takes_every_pass(search):
         assert metrics["found"] == 0 and sum(seen) == passes
         loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+        if search == "shared":
+            seen.clear()
+            y = model(x).argmax(1)
+            _, metrics = dyart_loss(model, x, y, **options | {"r0": 1e-12}, adaptive_steps=True)
+            assert metrics["found"] > 0 and sum(seen) == passes + 1  # with that of this test
 
 
 def test_batch_norm_sees_the_clean_batch_first_then_the_points_of_shared_passes():

@@ -131,6 +131,15 @@ def test_margins_are_summed_up_in_units_of_a_grey_level() -> None:
     )
 
 
+def test_a_metric_that_came_with_a_new_version_within_an_epoch_is_left_out_of_it() -> None:
+    """Its mean would be over all images of the epoch, though it was not taken of the first."""
+    before = Meter()
+    before.add({"loss": torch.tensor(1.0)}, 1.0, 100)
+    after = Meter(before.state)
+    after.add({"loss": torch.tensor(2.0), "passes": torch.tensor(7.5)}, 1.0, 100)
+    assert after.means() == {"loss": 1.5, "grad_norm": 1.0}
+
+
 def test_the_best_checkpoint_is_chosen_by_robust_and_then_by_clean_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
