@@ -90,10 +90,11 @@ class Run:
                 given["attack_step"] = f"{float(self.args.eps) / 2:g}/255"
         train = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
         curve = f"--curve --eps {float(self.args.eps) / 2:g} {self.args.eps} --n {self.args.leaders_n}"
-        curve += f" --images {self.part} --device {self.args.device}"
         attack = f"--eps {self.args.eps} --n {self.images(version)} --version {version} --batch-size 250"
-        attacks = [curve] if version == CURVE else [curve, f"{attack} --device {self.args.device}"]
-        return " -- ".join([f"{self.folder} {train} {self.args.train}".strip(), *attacks])
+        attacks = [] if self.curve() else [f"{curve} --images {self.part}"]
+        attacks += [] if version == CURVE else [attack]
+        words = [f"{self.folder} {train} {self.args.train}".strip()]
+        return " -- ".join(words + [f"{attack} --device {self.args.device}" for attack in attacks])
 
     @property
     def part(self) -> str:
@@ -104,23 +105,30 @@ class Run:
         """How many images an attack takes."""
         return self.args.n if version == "custom" else self.args.leaders_n
 
+    def curve(self) -> dict[str, Any] | None:
+        """What eval.py --curve has left in the folder."""
+        path, of_part = self.folder / "curve.json", {"part": self.part, "n": self.args.leaders_n}
+        curves = read_json(path) if path.exists() else []
+        return next((curve for curve in curves if of_part.items() <= curve.items()), None)
+
+    def record(self, version: str) -> dict[str, Any] | None:
+        """What AutoAttack has left in the folder."""
+        wanted = {"version": version, "n": self.images(version), "part": self.part, "eps_text": f"{self.args.eps}/255"}
+        records = Results(self.folder / "autoattack").current
+        return next((record for record in records if wanted.items() <= {"part": "test", **record}.items()), None)
+
     def outcome(self, version: str) -> dict[str, Any] | None:
         """Its figures by an attack, if the folder holds all of them."""
-        n = self.images(version)
-        half, full = f"{float(self.args.eps) / 2:g}/255", f"{self.args.eps}/255"
-        path = self.folder / "curve.json"
-        curves = read_json(path) if path.exists() else []
-        of_part = {"part": self.part, "n": self.args.leaders_n}
-        curve = next((c["robust_accuracy"] for c in curves if of_part.items() <= c.items()), {})
-        found = curves if version == CURVE else Results(self.folder / "autoattack").current
-        wanted = of_part if version == CURVE else {"version": version, "n": n, "part": self.part, "eps_text": full}
-        record = next((record for record in found if wanted.items() <= {"part": "test", **record}.items()), None)
-        if record is None or half not in curve:
+        curve = self.curve()
+        judge = curve if version == CURVE else self.record(version)
+        if curve is None or judge is None:
             return None
+        bounds = curve["robust_accuracy"]
         experiment = Experiment.open(self.folder)
         rows = experiment.read_metrics()
-        run = {**self.key, "version": version, "n": n, "clean": record["clean_accuracy"]}
-        run |= {"robust": curve[full] if version == CURVE else record["robust_accuracy"], "robust_half": curve[half]}
+        run = {**self.key, "version": version, "n": self.images(version), "clean": judge["clean_accuracy"]}
+        run["robust"] = bounds[f"{self.args.eps}/255"] if version == CURVE else judge["robust_accuracy"]
+        run["robust_half"] = bounds[f"{float(self.args.eps) / 2:g}/255"]
         run |= {"clean_epochs_spent": round(spent(experiment.settings, rows), 2), "epochs": len(rows)}
         return run | {"training_seconds": round(sum(row["seconds"] for row in rows))}
 
