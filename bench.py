@@ -133,10 +133,10 @@ def print_tables(figures: dict[str, Any]) -> None:
     subject = f"{weights['model']}, {weights['checkpoint'] or 'untrained'}, {figures['norm']}"
     print(f"\n{subject}: {figures['correct']:.0%} correct, {figures['correct_timed']:.0%} of the batch that is timed\n")
     print(
-        f"| {'':27} | {'ms (quartiles)':>24} | {'ratio (quartiles)':>20} | {'of':24} | passes | of bf16 "
+        f"| {'':34} | {'ms (quartiles)':>24} | {'ratio (quartiles)':>20} | {'of':24} | passes | of bf16 "
         "| peak MiB | of clean | resident |"
     )
-    rules = " | ".join(["-" * 27, "-" * 23 + ":", "-" * 19 + ":", "-" * 24])
+    rules = " | ".join(["-" * 34, "-" * 23 + ":", "-" * 19 + ":", "-" * 24])
     print(f"| {rules} | -----: | ------: | -------: | -------: | -------: |")
     for name, part in figures["times"].items():
         ratio, memory = part.get("ratio"), figures["memory"].get(name, {})
@@ -144,7 +144,7 @@ def print_tables(figures: dict[str, Any]) -> None:
         passes = f"{part['passes']:6.2f}" if "passes" in part else " " * 6
         peak = [(memory.get(key), digits) for key, digits in (("mib", 0), ("of_clean", 2), ("resident_of_clean", 2))]
         print(
-            f"| {name:27} | {interval(part['seconds'], 1000, 1):>24} | {interval(ratio, 1, 3) if ratio else '':>20} "
+            f"| {name:34} | {interval(part['seconds'], 1000, 1):>24} | {interval(ratio, 1, 3) if ratio else '':>20} "
             f"| {part.get('of', ''):24} | {passes} | {share} | "
             + " | ".join(" " * 8 if value is None else f"{value:8.{digits}f}" for value, digits in peak)
             + " |"

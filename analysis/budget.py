@@ -9,15 +9,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dyart.losses import SINGLE_STEP
-from experiment.recipes import CIFAR10, SHORT, search_recipe
+from experiment.recipes import CIFAR10, SHORT, TRAINING
 
 CLEAN = 3.0
 # What DyART's price is planned with: the share of images that are right and so are searched. What a run did spend is
 # counted from its metrics (`spent`).
 PLANNED_CORRECT = 0.55
-# And with adaptive steps: linearizations of such an image, and the share of them that is nearer than r0.
-PLANNED_LINEARIZATIONS = 2.0
-PLANNED_WITHIN = 0.85
 # The burn-in's share of a budget; that of the short recipe, 4 of some 52 epochs' worth.
 BURN_IN_SHARE = 0.08
 
@@ -42,7 +39,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 for _settings in METHODS.values():
     if "search" in _settings:
-        _settings |= {name: search_recipe(_settings["search"])[name] for name in ("search_steps", "adaptive_steps")}
+        _settings["search_steps"] = TRAINING[_settings["search"]]["search_steps"]
 LEARNING_RATES = (0.05, 0.1, 0.2)
 LAMBDAS = (75, 150, 300)
 TUNED_LAMBDA = ("dyart-short",)
@@ -54,8 +51,7 @@ def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORREC
     Parameters
     ----------
     settings : mapping
-        `method`, and where it has them `attack_iter`, `search`, `search_steps` and `adaptive_steps`. With these the
-        price is the planned one, since it depends on the margins.
+        `method`, and where it has them `attack_iter`, `search` and `search_steps`.
     correct : float
         The share of the batch that is classified correctly, which DyART's searches go on with.
 
@@ -75,9 +71,7 @@ def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORREC
         return 2 * iterations + 6.0
     if method == "trades":  # whose attack begins with the probabilities at x
         return 2 * iterations + 7.0
-    steps, within = settings.get("search_steps") or 0, 1.0
-    if settings.get("adaptive_steps"):
-        steps, within = min(steps, PLANNED_LINEARIZATIONS), PLANNED_WITHIN
+    steps = settings.get("search_steps") or 0
     searches = {
         "shared": 2 * steps * correct,
         "fast": 2 + 2 * steps * correct,
@@ -85,7 +79,7 @@ def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORREC
     }
     if method != "dyart" or settings.get("search") not in searches:
         raise ValueError(f"the passes of {method} with search {settings.get('search')!r} have not been counted")
-    return searches[settings["search"]] + 3 * within * correct + 3
+    return searches[settings["search"]] + 3 * correct + 3
 
 
 def plan(name: str, budget: float) -> dict[str, Any] | None:

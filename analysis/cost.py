@@ -41,6 +41,7 @@ STEPS = {
     "TRADES-10 step": ("trades", {}),
     "N-FGSM step": ("n-fgsm", {}),
     "DyART step": ("dyart", {"search": SHARED}),
+    "DyART step, --adaptive-steps true": ("dyart", {"search": SHARED, "adaptive_steps": True}),
     "DyART step, --search fast": ("dyart", {"search": "fast"}),
     "DyART step, --search fab": ("dyart", {"search": "fab"}),  # as released: never from a graph
 }
@@ -56,6 +57,7 @@ BASES = {
     "TRADES-10 step": "PGD-10 AT step",
     "N-FGSM step": "PGD-10 AT step",
     "DyART step": "PGD-10 AT step",
+    "DyART step, --adaptive-steps true": "PGD-10 AT step",
     "DyART step, --search fast": "PGD-10 AT step",
     "passes of a DyART step": "DyART step",
     "DyART step, --search fab": "PGD-10 AT step",
@@ -71,8 +73,8 @@ class Workload(NamedTuple):
     y: Tensor
     autocast: Callable[[], Any]
     norm: str
-    # Of DyART's loss: r0, alpha and adaptive_steps.
-    objective: dict[str, Any]
+    # r0 and alpha of DyART's loss.
+    objective: dict[str, float]
 
     def correct(self) -> Tensor:
         """Which examples have a margin. (n,)"""
@@ -123,8 +125,6 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
     asked = candidate.settings if target is not None else {}
     usual = recipe(identity["dataset"], "dyart", generated=False, group_norm=identity["group_norm"], norm=norm)
     objective = {name: asked.get(name, usual[name]) for name in ("r0", "alpha")}
-    # An untrained model's margins are no trained one's: its steps take all linearizations.
-    objective["adaptive_steps"] = target is not None
     return Workload(model, identity, x, y, autocast, norm, objective)
 
 
@@ -152,9 +152,8 @@ def training_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, **sgd)
     n = min(options["batch_size"], len(workload.y))
     x, y = workload.x[:n][processes.rows(n)], workload.y[:n][processes.rows(n)]
-    settings = resolve({"method": method, "norm": workload.norm, **extra})
-    own = workload.objective if extra.get("search") == SHARED else {**workload.objective, "adaptive_steps": False}
-    arguments = loss_options(settings | own, method)
+    settings = resolve({"method": method, "norm": workload.norm, **extra}) | workload.objective
+    arguments = loss_options(settings, method)
     if extra.get("search") == "fast" and options["cuda_graphs"]:
         arguments["graphs"] = CudaGraphs()
     statistics_ = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -120,7 +120,6 @@ def _robust_gradients(
     clean, gradients = gradient_of(clean_loss), {}
     for name, arguments in runs.items():
         generator = torch.Generator(x.device).manual_seed(options["seed"])
-        objective = {name: workload.objective[name] for name in ("r0", "alpha")} | {"lambda_robust": 1.0}
-        objective |= {"norm": workload.norm, "high_quality": False}
+        objective = {**workload.objective, "lambda_robust": 1.0, "norm": workload.norm, "high_quality": False}
         gradients[name] = gradient_of(dyart_loss, **objective, generator=generator, **arguments) - clean
     return gradients

@@ -26,7 +26,7 @@ from dyart.search import (
 MAX_GRADIENT_WEIGHT = 1e3
 # For which margins a linearization is worth another, as multiples of the reach of `approach_boundary`: the second, and
 # those after it. The first puts some margins at twice of what they are (docs/results.md).
-WORTH_ANOTHER = ((1 / 8, 2.0), (1 / 2, 1.25))
+WORTH_ANOTHER = ((1 / 8, 2.0), (1 / 8, 1.25))
 
 
 class Boundary(NamedTuple):

@@ -48,15 +48,10 @@ MOMENTUM = 0.9
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
 # trained 5 % beyond them, alike.
 TRAINING = {
-    SHARED: {"search_steps": SHARED_STEPS, "adaptive_steps": True, "overshoot": 0.05, "high_quality": False},
+    SHARED: {"search_steps": SHARED_STEPS, "overshoot": 0.05, "high_quality": False},
     "fast": {"search_steps": SEARCHES["fast"][1], "overshoot": 0.05, "high_quality": True},
     "fab": {"search_steps": SEARCHES["fab"][1], "overshoot": 0.0, "high_quality": True},
 }
-
-
-def search_recipe(search: str) -> dict[str, Any]:
-    """What goes with a search in training."""
-    return {"adaptive_steps": False} | TRAINING[search]
 
 
 def recipe_of(dataset: str) -> dict[str, Any]:

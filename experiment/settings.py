@@ -17,7 +17,7 @@ from dyart.losses import SHARED, SINGLE_STEP
 from dyart.margin import SEARCHES
 from experiment import flags
 from experiment.images import OWN, find_own_images, mean_and_std, resolve_images
-from experiment.recipes import ATTACK_EPS, MOMENTUM, recipe, search_recipe
+from experiment.recipes import ATTACK_EPS, MOMENTUM, TRAINING, recipe
 from experiment.schedules import SCHEDULES
 from experiment.train_flags import build_parser, flag_of
 from models.own import content_of_own, is_own
@@ -34,7 +34,7 @@ PLACE = ("data_dir", "device", "save_every", "track_dynamics", "checkpoint_minut
 PLACE += ("tf32", "compile", "cuda_graphs", "cache_dir", "aux_data_content", "model_content", "tensorboard")
 # Of these, what is of one machine: exported weights go on with what is the default where they are read.
 OF_MACHINE = ("data_dir", "device", "cache_dir")
-# Settings that decide what others are by default; of a search's own there is search_recipe.
+# Settings that decide what others are by default; of a search's own there is TRAINING.
 DECIDING = (
     "dataset",
     "dataset_content",
@@ -90,9 +90,9 @@ def resolve(given: dict[str, Any]) -> dict[str, Any]:
     if alone and values["search"] == SHARED:
         flag = f"{flag_of(alone[0])} {flags.plain(given[alone[0]])}"
         raise ValueError(f"{flag}: goes with --search {' or '.join(SEARCHES)}, not with {SHARED}")
-    if given.get("adaptive_steps") and values["search"] != SHARED:
+    if values["adaptive_steps"] and values["search"] != SHARED:
         raise ValueError(f"--adaptive-steps true: goes with --search {SHARED}, not with {values['search']}")
-    own = search_recipe(values["search"])
+    own = TRAINING[values["search"]]
     values = own | values
     if values["search_steps"] is None:
         values["search_steps"] = own["search_steps"]
@@ -239,7 +239,7 @@ def as_yaml(settings: Mapping[str, Any]) -> str:
 
 def default_name(settings: dict[str, Any]) -> str:
     """dataset-method-model and each setting that differs from the recipe."""
-    usual = resolve(deciding(settings)) | search_recipe(settings["search"])
+    usual = resolve(deciding(settings)) | TRAINING[settings["search"]]
     model = re.sub(r"(\.py)?:", "-", settings["model"])  # of one's own
     words = [Path(settings["dataset"]).stem, settings["method"], model]
     words += [word for word, on in (("L2", settings["norm"] == "L2"), ("groupnorm", settings["group_norm"])) if on]

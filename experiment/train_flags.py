@@ -132,8 +132,8 @@ def build_parser() -> flags.Parser:
     )
     steps = "iterations; with shared, linearizations (the search's own)"
     g.add_argument("--search-steps", type=optional(whole(least=1)), default=None, help=steps)
-    adaptive = "of these as many as a margin needs, and train on no margin beyond --r0 (true with shared)"
-    add_switch(g, "--adaptive-steps", default=from_recipe, help=adaptive)
+    adaptive = "with shared: of these as many as a margin needs, and train on no margin beyond --r0"
+    add_switch(g, "--adaptive-steps", default=False, help=adaptive)
     from_zero = flags.length_text(number(least=0))
     g.add_argument("--init-radius", type=optional(from_zero), default=None, help="twice the starting noise")
     high_quality = "leave poor boundary points out (true; there is no telling with shared)"

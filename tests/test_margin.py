@@ -463,7 +463,7 @@ def test_approach_takes_more_linearizations_where_a_margin_lies_within_reach_and
 
     monkeypatch.setattr("dyart.margin.WORTH_ANOTHER", ((1 / 8, 2.0), (1.0, 0.0)))
     second = approach_boundary(model, x, y, **options)
-    third = again & (second.margin > options["reach"] / 2) & (second.margin < 1.25 * options["reach"])
+    third = again & (second.margin > options["reach"] / 8) & (second.margin < 1.25 * options["reach"])
     assert seen == [200, again.sum(), third.sum(), 200, again.sum()] and 10 < third.sum() < again.sum() - 10
     assert torch.equal(boundary.x[again & ~third], second.x[again & ~third])
     assert (boundary.x != second.x).flatten(1).any(1)[third].float().mean() > 0.5

@@ -57,7 +57,7 @@ CIFAR10 = {
     "norm": "Linf",
     "search": "shared",
     "search_steps": 3,
-    "adaptive_steps": True,
+    "adaptive_steps": False,
     "init_radius": None,
     "high_quality": False,
     "overshoot": 0.05,
@@ -98,8 +98,8 @@ BURN_IN = {"method": "clean", "burn_in_epochs": 0, "scheduler": "constant", "epo
 BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
 SHORT = {"recipe": "short", "burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128}
 SHORT |= {"scheduler": "cyclic", "lr": 0.2, "lambda_robust": 150.0, "clip_grad": 3.0}
-FAST = {"search": "fast", "search_steps": 6, "adaptive_steps": False, "high_quality": True}
-FAB = {"search": "fab", "search_steps": 20, "adaptive_steps": False, "init_radius": 8 / 255, "overshoot": 0.0}
+FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
+FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0}
 FAB |= {"high_quality": True}
 
 L2 = {"norm": "L2", "attack_eps": 128 / 255, "attack_step": 32 / 255, "r0": 1.0, "alpha": 0.2, "lambda_robust": 25.0}
@@ -145,7 +145,7 @@ OURS = {
     "--search fast --search-steps none --overshoot 0": FAST | {"overshoot": 0.0},
     "--search fab --high-quality false": FAB | {"init_radius": None, "high_quality": False},
     "--search-steps 2": {"search_steps": 2},
-    "--adaptive-steps false": {"adaptive_steps": False},
+    "--adaptive-steps": {"adaptive_steps": True},
     "--pretrained /x/b.pt": BURNT_IN,
     "--r0 20/255 --alpha 4 --lambda-robust 300 --clip-grad none": {"r0": 20 / 255, "alpha": 4.0}
     | {"lambda_robust": 300.0, "clip_grad": None},
