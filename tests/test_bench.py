@@ -73,18 +73,19 @@ def test_smoke_run(tmp_path):
 def test_a_step_takes_the_passes_of_its_bare_ones(adaptive):
     given = options() | {"rounds": 1}
     workload = cost.load_workload(None, given)
-    assert workload.objective == {"r0": 16 / 255, "alpha": 3.0, "adaptive_steps": False}
+    assert workload.objective == {"r0": 16 / 255, "alpha": 3.0}
     images = given["batch_size"]
     margins = find_boundary(workload.model, workload.x[:images], workload.y[:images]).margin
     r0 = margins.median().item()  # so that some are near, and some beyond
-    workload = workload._replace(objective=workload.objective | {"r0": r0, "adaptive_steps": adaptive})
-    taken = cost.passes_taken(workload, "DyART step", given)
+    workload = workload._replace(objective=workload.objective | {"r0": r0})
+    name = f"DyART step{', --adaptive-steps true' * adaptive}"
+    taken = cost.passes_taken(workload, name, given)
     rows = [n for n, _ in taken]
     assert [trained_on for _, trained_on in taken] == [True, False, False, False, True]
     assert rows == [images] * 5 if not adaptive else rows[0] == images > rows[3] and rows[4] < images
     times = cost.measure_times(workload, given, 1.0)
     count = sum((3 if trained_on else 2) * n for n, trained_on in taken) / images
-    assert times["DyART step"]["passes"] == pytest.approx(count, rel=0.02)
+    assert times[name]["passes"] == pytest.approx(count, rel=0.02)
     assert not workload.model._forward_pre_hooks
 
 
