@@ -366,16 +366,16 @@ def robust_gradient(model, x, y, **options):
 
 
 # The least cosine with the exact gradient, the least and the most of its norm as a multiple, by number of
-# linearizations, be they adaptive or not. Measured over weights of seeds 0 to 5, on one processor, since what another
-# makes of the last digit grows into other weights as well; the least cosine, the norms: after clean training 0.927,
-# 1.21 to 1.58 (1); 0.964, 1.14 to 1.37 (2); 0.967, 1.11 to 1.28 (3), adaptive 0.964, 1.15 to 1.37; after DyART 0.876,
-# 0.80 to 1.14; 0.958, 1.00 to 1.15, adaptive 0.940, 0.90 to 1.05; 0.946, 0.96 to 1.12, adaptive 0.939, 0.86 to 1.05.
+# linearizations. Measured over weights of seeds 0 to 5, on one processor, since what another makes of the last digit
+# grows into other weights as well; the least cosine (with adaptive steps), the norms of both: after clean training
+# 0.927 (0.927), 1.21 to 1.58; 0.964 (0.964), 1.14 to 1.37; 0.967 (0.966), 1.11 to 1.29; after DyART 0.876 (0.856), 0.80
+# to 1.14; 0.948 (0.939), 0.97 to 1.15; 0.946 (0.948), 0.92 to 1.12.
 NEAR = {
     ("clean", 1): (0.90, 1.1, 1.7),
     ("clean", 2): (0.95, 1.05, 1.45),
     ("clean", 3): (0.95, 1.05, 1.45),
-    ("dyart", 1): (0.85, 0.75, 1.2),
-    ("dyart", 2): (0.93, 0.85, 1.2),
+    ("dyart", 1): (0.84, 0.75, 1.2),
+    ("dyart", 2): (0.92, 0.85, 1.2),
     ("dyart", 3): (0.93, 0.8, 1.2),
 }
 
@@ -396,13 +396,17 @@ def test_the_gradient_of_shared_passes_points_where_the_exact_one_does(
     models, x, y = trained
     cosine, least, most = NEAR[weights, steps]
     exact = exact_gradients[weights]
-    cheap = robust_gradient(models[weights], x, y, **SHARED, steps=steps, adaptive_steps=adaptive)
+    options = {**SHARED, "adaptive_steps": adaptive}
+    cheap = robust_gradient(models[weights], x, y, **options, steps=steps)
     assert F.cosine_similarity(cheap, exact, dim=0) > cosine
+    if steps > 1:  # which serves
+        once = robust_gradient(models[weights], x, y, **options, steps=1)
+        assert F.cosine_similarity(cheap, exact, dim=0) > F.cosine_similarity(once, exact, dim=0)
     assert least < cheap.norm() / exact.norm() < most
 
 
 # The most that the median of the weights may be off. Measured over the same seeds: after clean training at most 1.114,
-# 1.031 and 1.021, after DyART 1.090, 1.062 and 1.013.
+# 1.031 and 1.021, after DyART 1.112, 1.071 and 1.015.
 OFF = {
     ("clean", 1): 0.2,
     ("clean", 2): 0.05,
