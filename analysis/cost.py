@@ -122,7 +122,7 @@ def load_workload(target: str | None, options: dict[str, Any]) -> Workload:
         return mixed_precision(options["amp"], device.type)
 
     norm = norm or "Linf"
-    asked = candidate.settings if target is not None else {}
+    asked = candidate.settings if target is not None and candidate.settings.get("norm") == norm else {}
     usual = recipe(identity["dataset"], "dyart", generated=False, group_norm=identity["group_norm"], norm=norm)
     objective = {name: asked.get(name, usual[name]) for name in ("r0", "alpha")}
     return Workload(model, identity, x, y, autocast, norm, objective)

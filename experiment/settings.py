@@ -165,8 +165,8 @@ def without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_places(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in an exported file, with the places of this machine that `without_places` left out."""
-    return {name: value for name, value in resolve({}).items() if name in OF_MACHINE} | dict(settings)
+    """The settings in an exported file, with the places of this machine that `without_places` left out; upgraded."""
+    return {name: value for name, value in resolve({}).items() if name in OF_MACHINE} | upgraded(settings)
 
 
 def check_stored(settings: Mapping[str, Any], source: str | Path) -> dict[str, Any]:

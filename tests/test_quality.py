@@ -36,7 +36,7 @@ def test_the_gradient_of_a_search_is_held_against_the_long_ones(monkeypatch):
         "reference",
         *(f"fast, {n} steps" for n in (1, 3, 6)),
         *(f"shared, {n} steps" for n in (1, 3)),
-    ] + ["fab, 20 steps (released)"]
+    ] + ["shared, adaptive", "fab, 20 steps (released)"]
     assert rows["reference"]["gradient_norm"] == pytest.approx(1, abs=1e-5)
     cosines = [rows[name]["gradient_cosine"] for name in ("fast, 1 steps", "fast, 3 steps", "fast, 6 steps")]
     assert cosines == sorted(cosines) and cosines[-1] > 0.95
