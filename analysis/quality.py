@@ -42,7 +42,7 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
     fast, shared = ({default, *options["steps"]} for default in (SEARCHES["fast"][1], SHARED_STEPS))
     searches: dict[str, dict[str, Any]] = {f"fast, {steps} steps": {"steps": steps} for steps in sorted(fast)}
     searches |= {f"shared, {steps} steps": {"search": SHARED, "steps": steps} for steps in sorted(shared)}
-    searches["shared, adaptive"] = {"search": SHARED, "adaptive_steps": True}
+    searches["shared, adaptive"] = {"search": SHARED, "steps": SHARED_STEPS, "adaptive_steps": True}
     searches["fab, 20 steps (released)"] = {"search": "fab"}
     runs = {"reference": {"search": "fab", "steps": REFERENCE_STEPS, "init_radius": 0.0}} | searches
     margins: dict[str, list[Tensor]] = {name: [] for name in runs}
@@ -96,7 +96,6 @@ def _search(
     """Boundary points with Φ and ∇_x Φ where they lie, in eval mode."""
     if search != SHARED:
         return find_boundary(workload.model, x, y, norm=workload.norm, search=search, generator=generator, **arguments)
-    arguments = {"steps": SHARED_STEPS} | arguments
     reach = workload.objective["r0"] if adaptive_steps else None
     boundary = approach_boundary(workload.model, x, y, norm=workload.norm, reach=reach, **arguments)
     with frozen(workload.model):

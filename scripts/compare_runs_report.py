@@ -41,7 +41,7 @@ from evaluation.environment import device_name
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
-from experiment.settings import LATER, PLACE, resolve
+from experiment.settings import PLACE, resolve, upgraded
 from experiment.train_flags import parse
 from storage.files import read_json, write_json
 
@@ -78,7 +78,7 @@ class Comparison:
             if not re.fullmatch(r"[\w.+,-]+", variant):
                 raise ValueError(f"{file}: variant {variant!r} is to be the name of a folder, without spaces")
             now = self.settings(variant, self.content["seeds"][0])
-            before = LATER | known.setdefault(variant, now)
+            before = upgraded(known.setdefault(variant, now))
             before = {name: value for name, value in before.items() if name not in LEFT_OUT}
             if before != now:
                 changed = [name for name in now if now.get(name) != before.get(name)]

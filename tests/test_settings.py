@@ -99,8 +99,7 @@ BURNT_IN = {"pretrained": "/x/b.pt", "burn_in_epochs": 0}
 SHORT = {"recipe": "short", "burn_in_epochs": 4, "burn_in_batch_size": 128, "epochs": 26, "batch_size": 128}
 SHORT |= {"scheduler": "cyclic", "lr": 0.2, "lambda_robust": 150.0, "clip_grad": 3.0}
 FAST = {"search": "fast", "search_steps": 6, "high_quality": True}
-FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0}
-FAB |= {"high_quality": True}
+FAB = {"search": "fab", "search_steps": 20, "init_radius": 8 / 255, "overshoot": 0.0, "high_quality": True}
 
 L2 = {"norm": "L2", "attack_eps": 128 / 255, "attack_step": 32 / 255, "r0": 1.0, "alpha": 0.2, "lambda_robust": 25.0}
 
@@ -143,7 +142,7 @@ OURS = {
     "--recipe short --cuda-graphs": SHORT | FAST | {"cuda_graphs": True},
     "--high-quality false": {"high_quality": False},
     "--search fast --search-steps none --overshoot 0": FAST | {"overshoot": 0.0},
-    "--search fab --high-quality false": FAB | {"init_radius": None, "high_quality": False},
+    "--search fab --high-quality false": {"search": "fab", "search_steps": 20, "overshoot": 0.0, "high_quality": False},
     "--search-steps 2": {"search_steps": 2},
     "--adaptive-steps": {"adaptive_steps": True},
     "--pretrained /x/b.pt": BURNT_IN,
