@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job in about ten minutes on 2 cores: a small network on real CIFAR-10, clean burn-in, DyART, AutoAttack.
+# The main job in some six minutes on 2 cores: a small network on real CIFAR-10, clean burn-in, DyART, AutoAttack.
 # Makes .venv, fetches the data, trains into experiments/quickstart*, ends with a table and a picture.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
