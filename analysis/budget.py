@@ -2,7 +2,8 @@
 
 A pass is one image through the network: forward 1, backward to the input 1, backward to everything 2, as bench.py
 counts. A budget is a number of clean epochs' worth of passes, 3 an image each. It pays for all of a training, burn-in
-included; evaluation and the choice of a checkpoint cost every method alike and are left out.
+included; evaluation and the choice of a checkpoint cost every method alike and are left out. Multiples of 9 waste the
+least: an epoch of TRADES costs 9 clean ones, of MART 8.7, of AT with ten steps 7.7, of AT with three 3.
 """
 
 from collections.abc import Iterable, Mapping

@@ -3,7 +3,7 @@
 # burn-in included: first three peak rates each (and three λ) on the middle budget, chosen on held-out images, then runs
 # over seeds under AutoAttack custom, the leaders' under standard; and a table and a picture. A run a core at a time;
 # what is finished is not run again, and what was cut goes on.
-#     bash scripts/compare_methods.sh [--budget "8 20 50"] [--seeds "0 1 2"] [--methods "clean at-10 ..."]
+#     bash scripts/compare_methods.sh [--budget "9 18 36"] [--seeds "0 1 2"] [--methods "clean at-10 ..."]
 #         [--dataset cifar10] [--model wrn-10-1-swish] [--eps 8] [--n 500] [--leaders-n 1000]
 #         [--folder experiments/compare-methods] [--output results/compare-methods.json]
 #         [--device cpu|cuda] [--train "MORE FLAGS OF train.py"]

@@ -40,7 +40,7 @@ CURVE = "minimum-norm"
 def build_parser() -> argparse.ArgumentParser:
     """The flags of compare_methods.sh, and --todo."""
     p = flags.Parser(prog="compare_methods.sh", description=__doc__)
-    p.add_argument("--budget", type=_numbers, default=_numbers("8 20 50"), help="clean epochs' worth of passes")
+    p.add_argument("--budget", type=_numbers, default=_numbers("9 18 36"), help="clean epochs' worth of passes")
     p.add_argument("--seeds", type=_numbers, default=_numbers("0 1 2"), help="seeds of the runs that are reported")
     p.add_argument("--methods", type=_methods, default=list(METHODS), help=f"some of {', '.join(METHODS)}")
     p.add_argument("--dataset", default="cifar10", help="as for train.py")

@@ -43,7 +43,7 @@ def test_a_step_takes_the_passes_that_it_is_priced_at(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("budget", [8, 20, 50, 400])
+@pytest.mark.parametrize("budget", [8, 9, 18, 36, 50, 400])
 def test_a_plan_spends_its_budget_and_not_more(name: str, budget: float) -> None:
     planned = plan(name, budget)
     if planned is None:
