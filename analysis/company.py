@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -12,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from analysis.cost import Workload, load_workload, spread, synchronize, training_step
-from experiment.processes import ALONE, Processes
+from experiment.processes import ALONE, Processes, free_port
 
 # The steps that are shared out: the one in which the sum weighs most, and ours.
 SHARED_OUT = ("clean step", "DyART step")
@@ -27,9 +26,7 @@ def measure_processes(target: str | None, workload: Workload, options: dict[str,
     seconds of each part as well (of the first of them). Raises ChildProcessError where one of them ends.
     """
     size = options["processes"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     context = multiprocessing.get_context("spawn")
     workers, channels = [], []
     for rank in range(size):

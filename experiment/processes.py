@@ -11,6 +11,8 @@ the others find out which, and why if it could still tell, and all end. Rank 0 s
 import contextlib
 import json
 import os
+import random
+import socket
 import sys
 import threading
 import time
@@ -35,6 +37,23 @@ SEARCH = 3.0
 FAREWELL = 10.0
 # The most bytes that a process tells the others in one go.
 MESSAGE = 8192
+
+
+def free_port() -> int:
+    """A port of this machine at which processes can find each other, some time after this returns.
+
+    Below 32768, from where Linux gives ports to whoever asks for any: another program would be given one of those in
+    between, and those that came for the run would wait for an answer from it. Raises OSError where all are taken.
+    """
+    tries = random.SystemRandom().sample(range(15000, 32000), 100)
+    for port in tries:
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"none of {len(tries)} ports from 15000 to 32000 is free")
 
 
 class Stopped(Exception):

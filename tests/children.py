@@ -7,7 +7,6 @@ of no use to a body, and what it does use is seen to here. So pyproject.toml let
 
 import os
 import signal
-import socket
 import sys
 import threading
 import traceback
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from experiment.processes import free_port
 
 
 def fork(body: Callable[[], Any], output: Path | str = os.devnull) -> int:
@@ -49,9 +50,7 @@ def fork_company(size: int, body: Callable[[int], Any], folder: Path) -> list[in
 
     What they print goes to rank-0.txt, rank-1.txt, ... in `folder`, which are all there (empty) when this returns.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def member(rank: int) -> Any:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

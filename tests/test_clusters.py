@@ -6,7 +6,6 @@ With DYART_LARGE_TESTS=1: two real torchruns, as on two nodes, that are stopped 
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 from company import train_together
 from runs import contents, differences, tiny
+
+from experiment.processes import free_port
 
 LARGE = os.environ.get("DYART_LARGE_TESTS") == "1"
 ROOT = Path(__file__).parents[1]
@@ -84,9 +85,7 @@ def test_the_slurm_script_stops_with_a_checkpoint_requeues_itself_and_ends_as_it
 def test_a_requeued_job_ends_with_the_weights_of_one_that_was_not_disturbed(tmp_path):
     flags = ["--group-norm", "--method", "at", "--attack-iter", "2", "--epochs", "8", "--if-exists", "resume"]
     assert train_together(2, tiny(tmp_path / "whole", *flags), tmp_path / "said") == [0, 0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = SCRIPT
     training = f"{ROOT}/train.py {' '.join(tiny(tmp_path, *flags))}"
     for before, now in {

@@ -40,7 +40,7 @@ from experiment import build, processes, state, validation
 from experiment import folder as folder_module
 from experiment.checkpoint import load_checkpoint
 from experiment.folder import Experiment
-from experiment.processes import Processes
+from experiment.processes import Processes, free_port
 from experiment.settings import resolve
 from experiment.signals import Interrupted, Signals
 
@@ -585,9 +585,7 @@ def test_under_torchrun_a_run_whose_worker_is_killed_finishes_by_itself(
     flags = ["--group-norm", "--method", "at", "--attack-iter", "1", "--checkpoint-minutes", "1e-9"]
     flags += ["--epochs", "3", "--if-exists", "resume"]
     assert train_together(2, tiny(tmp_path / "whole", *flags), tmp_path / "said") == [0, 0]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = ["--max-restarts", "3", "--monitor-interval", "0.1", "--nnodes", str(nodes)]
     command += ["--nproc-per-node", str(2 // nodes), "--rdzv-backend", "c10d", "--rdzv-id", "test"]
     command += ["--rdzv-endpoint", f"127.0.0.1:{port}", str(ROOT / "train.py"), *tiny(tmp_path, *flags)]
@@ -699,3 +697,18 @@ def test_if_exists_resume_takes_over_a_folder_that_was_not_begun_and_no_other(
     (tmp_path / "mine" / "thesis.tex").touch()
     assert "mine exists and is not overwritten" in refusal(capsys, *argv, "--name", "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_free_port_is_one_that_nobody_has_and_that_is_given_to_nobody_else() -> None:
+    port = free_port()
+    assert 15000 <= port < 32000
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", port))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(random.SystemRandom, "sample", lambda *_: [port, port])
+            with pytest.raises(OSError, match="none of 2 ports"):
+                free_port()
+            patch.setattr(random.SystemRandom, "sample", lambda *_: [port, port + 1, port + 2])
+            assert free_port() in (port + 1, port + 2)
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    assert not given.exists() or int(given.read_text().split()[0]) >= 32000
