@@ -19,6 +19,7 @@ from data.files import Split, write_split
 from dyart import NORMS, find_boundary, margin_gradient_weights
 from experiment import flags, settings, train_flags
 from experiment.build import build_model
+from scripts import compare_methods_report
 from tests.runs import run_training, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,8 @@ A_FLAG = re.compile(r"--\w|-\w$|-\w ")
 # Whose flags a command takes; a shell script hands them on.
 PARSERS = {name: importlib.import_module(name).build_parser for name in ("eval", "analyze", "bench", "export")}
 PARSERS["train"] = train_flags.build_parser
-HANDS_ON = {"eval": "eval", "analyze": "analyze", "resume": "train"}
+PARSERS["compare_methods"] = compare_methods_report.build_parser
+HANDS_ON = {"eval": "eval", "analyze": "analyze", "resume": "train", "compare_methods": "compare_methods"}
 
 
 # --- What a document holds --------------------------------------------------------------------------------------------
