@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from analysis.curve import measure_distances
-from data import Split, to_input
+from data import Split, first_examples, to_input
 from dyart.attacks import pgd
-from evaluation.candidate import Candidate, leading, load_candidate, load_test
+from evaluation.candidate import Candidate, load_candidate, load_test
 from experiment import flags
 from storage.files import write_json
 
@@ -94,9 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     for path in args.checkpoints:
         candidate = load_candidate(path)
-        split, _ = leading(load_test(candidate, None, "validation"), args.n)
+        split = first_examples(load_test(candidate, None, "validation"), args.n, 0)
         eps = flags.length(args.eps, candidate.settings["norm"], "--eps")
-        accuracy = measure(candidate, Split(split.images[: args.n], split.labels[: args.n]), eps.value)
+        accuracy = measure(candidate, split, eps.value)
         rows.append({"checkpoint": f"{path.parent.name}/{path.name}", "eps": eps.text, "accuracy": accuracy})
     for name in rows[0]["accuracy"]:
         print(f"{name:45}" + "".join(f"{row['accuracy'][name]:8.1f}" for row in rows))

@@ -14,7 +14,7 @@ started=$SECONDS
 folder="experiments/quickstart-$(date +%Y%m%d-%H%M%S)"
 # bfloat16 halves the training where the processor multiplies in it; elsewhere it takes longer.
 precision=none
-! grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo || precision=bf16
+if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then precision=bf16; fi
 "$PYTHON" train.py --dataset cifar10 --model wrn-10-1-swish --recipe short --train-subset 12800 --epochs 4 \
     --validation-size 256 --validation-attack-iter 10 --attack-eps 4/255 --amp "$precision" \
     --output-dir "$(dirname "$folder")" --name "$(basename "$folder")" --if-exists stop
