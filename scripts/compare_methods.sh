@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Which method makes the most robust model for the same cost? Every method spends the same passes through the network,
-# burn-in included: first three peak rates each (and three λ) on the middle budget, chosen on held-out images, then runs
+# burn-in included: first three peak rates each on the middle budget, chosen on held-out images, then runs
 # over seeds under AutoAttack custom, the leaders' under standard; and a table and a picture. A run a core at a time;
 # what is finished is not run again, and what was cut goes on.
 #     bash scripts/compare_methods.sh [--budget "9 18 36"] [--seeds "0 1 2"] [--methods "clean at-10 ..."]

@@ -5,7 +5,7 @@ python scripts/compare_methods_report.py FLAGS --todo PART      for each missing
                                                                 folder, the flags of train.py, and after each -- the
                                                                 flags of an eval.py
 
-A run is finished where --output or --folder has it. Those that chose a rate or λ are judged on held-out images by
+A run is finished where --output or --folder has it. Those that chose a rate are judged on held-out images by
 minimum_norm_attack (eval.py --curve), which takes seconds; runs over seeds begin when a method's choice is complete.
 They are attacked by AutoAttack at --eps, and by minimum_norm_attack at half of it, an upper bound.
 """
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from analysis.budget import METHODS, plan, spent, tunings
+from analysis.budget import LEARNING_RATES, METHODS, plan, spent
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
@@ -154,31 +154,18 @@ class Comparison:
         return found
 
     def tuning(self, method: str) -> list[Run]:
-        """The runs that choose a method's rate and λ; none where the middle budget does not buy an epoch."""
+        """The runs that choose a method's rate; none where the middle budget does not buy an epoch."""
         if plan(method, self.middle) is None:
             return []
-        return [Run(self.args, method, self.middle, TUNING_SEED, chosen) for chosen in tunings(method)]
+        return [Run(self.args, method, self.middle, TUNING_SEED, {"lr": rate}) for rate in LEARNING_RATES]
 
     def chosen(self, method: str) -> dict[str, Any] | None:
-        """The rate and λ of the highest robust, then clean accuracy on held-out images; None while runs are missing."""
-        runs = self.tuning(method)
-        figures = [self.figures(run) for run in runs]
+        """The rate of the highest robust, then clean accuracy on held-out images; None while runs are missing."""
+        figures = [self.figures(run) for run in self.tuning(method)]
         if None in figures:
             return None
-        best: dict[str, Any] = {}
-        # One setting after another: what is not tried in the same row stays as it was found best.
-        for name in ("lr", "lambda_robust"):
-            rows = [
-                (figure["robust"], figure["clean"], figure[name])
-                for figure in figures
-                if name in figure and (name != "lr" or "lambda_robust" not in figure)
-            ]
-            if name == "lambda_robust" and rows:
-                plain = next(f for f in figures if f["lr"] == 0.1 and name not in f)
-                rows.append((plain["robust"], plain["clean"], METHODS[method][name]))
-            if rows:
-                best[name] = max(rows)[2]
-        return best
+        best = max(figures, key=lambda figure: (figure["robust"], figure["clean"]), default={})
+        return {name: best[name] for name in ("lr",) if name in best}
 
     def runs(self) -> list[Run]:
         """The runs that are reported, as far as their settings are chosen: leaders' budgets first to last."""
@@ -223,7 +210,7 @@ class Comparison:
         rows = []
         for (budget, method, version), figures in groups.items():
             row: dict[str, Any] = {"budget": budget, "method": method, "version": version, "n": figures[0]["n"]}
-            row |= {name: figures[0][name] for name in ("lr", "lambda_robust", "epochs") if name in figures[0]}
+            row |= {name: figures[0][name] for name in ("lr", "epochs") if name in figures[0]}
             row["seeds"] = len(figures)
             for name in ("clean", "robust_half", "robust"):
                 values = [100 * figure[name] for figure in figures]
