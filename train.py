@@ -37,7 +37,7 @@ from experiment.build import (
 )
 from experiment.folder import Experiment, Loaded
 from experiment.guards import anomalies_detected, check_finite, finite_validation, skip_step
-from experiment.metrics import Meter, describe, peak_memory_mib
+from experiment.metrics import Meter, describe, on_host, peak_memory_mib
 from experiment.processes import ALONE, Processes, Stopped
 from experiment.schedules import SCHEDULES, idle_epochs
 from experiment.settings import as_yaml, default_name, resolve
@@ -264,16 +264,17 @@ def train_step(run: Run, x: Tensor, y: Tensor, experiment: Experiment, signals: 
             loss, metrics = LOSSES[stage.method](run.model, x, y, **options)
         loss.backward()
     loss, metrics = run.processes.add_up(run.model, buffers_before, loss, metrics, images, signals)
-    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip_grad or math.inf).item()
+    grad_norm = nn.utils.clip_grad_norm_(run.model.parameters(), stage.clip_grad or math.inf)
+    grad_norm, loss, *values = on_host([grad_norm, loss, *metrics.values()])
     progress.step += 1
     progress.total_steps += 1
-    if math.isfinite(grad_norm) and math.isfinite(loss.item()):
+    if grad_norm.isfinite() and loss.isfinite():
         run.optimizer.step()
         run.average.update(run.model, (progress.epoch - stage.epochs_before) * len(run.loader) + progress.step)
-        run.meter.add(metrics, grad_norm, images)
+        run.meter.add(dict(zip(metrics, values, strict=True)), grad_norm.item(), images)
         progress.bad_in_a_row = 0
     else:
-        skip_step(run, buffers_before, loss.item(), grad_norm, experiment)
+        skip_step(run, buffers_before, loss.item(), grad_norm.item(), experiment)
     if SCHEDULES[stage.scheduler].every_step:
         run.advance_schedule()
 

@@ -404,14 +404,16 @@ def dyart_loss(
         steps = SHARED_STEPS if steps is None else steps
         options = {"norm": norm, "temperature": temperature, "steps": steps}
         reach = r0 if adaptive_steps and 0 < r0 < math.inf else None
-        boundary, linearized = approach_counting(model, x, y, among=among, reach=reach, **options)
+        boundary, linearized, rows = approach_counting(model, x, y, among=among, reach=reach, **options)
     else:
         options = {"norm": norm, "temperature": temperature, "search": search, "steps": steps}
         boundary = find_boundary(model, x, y, **options, init_radius=init_radius, generator=generator, graphs=graphs)
     kept = is_locally_closest(x, boundary, norm) if high_quality else boundary.found
     push = torch.exp(-alpha * boundary.margin) * (boundary.margin < r0) * margin_gradient_weights(boundary, norm)
-    # What is not pushed would cost a pass for the statistics of BatchNorm alone.
-    rows = (kept & (push != 0) if adaptive_steps else kept).nonzero()[:, 0]
+    if adaptive_steps:  # what is not pushed would cost a pass for the statistics of BatchNorm alone
+        rows = rows[push[rows] != 0]
+    elif search != SHARED:
+        rows = kept.nonzero()[:, 0]
     model.train()
     robust = x.new_zeros(())
     # Where processes share their statistics, each takes every pass, also without a row in it: the others wait for it.

@@ -191,11 +191,18 @@ def find_boundary(
     )
 
 
-def check_batch(x: Tensor, labels: Tensor) -> None:
+def check_batch(x: Tensor, labels: Tensor, among: Tensor | None = None) -> Tensor:
+    """The rows of `among` (n,), by default all. Raises ValueError where a pixel is outside [0, 1] or labels do not fit.
+
+    A GPU is asked for both at once: an answer waits for all that it has to do.
+    """
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
-    if not ((x >= 0) & (x <= 1)).all():
+    chosen = torch.ones_like(labels, dtype=torch.bool) if among is None else among
+    within, count = torch.stack([((x >= 0) & (x <= 1)).all(), chosen.sum()]).tolist()
+    if not within:
         raise ValueError("x must lie in [0, 1]")
+    return chosen.byte().argsort(descending=True, stable=True)[:count]
 
 
 def value_and_gradient(
@@ -273,24 +280,24 @@ def approach_counting(
     temperature: float,
     steps: int,
     reach: float | None,
-) -> tuple[Boundary, int]:
-    """`approach_boundary`, and how many images it has linearized at, each as often as it was."""
+) -> tuple[Boundary, int, Tensor]:
+    """`approach_boundary`, how many images it has linearized at, each as often as it was, and the rows it has found."""
     the_norm = lookup_norm(norm)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     if reach is not None and not 0 < reach < math.inf:
         raise ValueError(f"reach must be positive and finite, got {reach}")
-    check_batch(x, labels)
+    rows = check_batch(x, labels, among)
     margins = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     found, points, values, grads = margins.bool(), x.detach().clone(), margins.clone(), torch.zeros_like(x)
-    rows = torch.arange(len(x), device=x.device) if among is None else among.nonzero()[:, 0]
-    count = len(rows)
+    count, reached = len(rows), rows
     if len(rows):
         with frozen(model), torch.no_grad():
             value, grad = value_and_gradient(model, x.detach()[rows], labels[rows], temperature)
             steepness = the_norm.dual(grad)
             right = ((value > CORRECT_ABOVE) & (steepness > 0) & steepness.isfinite()).nonzero()[:, 0]
-            rows, value, grad = rows[right], value[right], grad[right]
+            reached = rows = rows[right]
+            value, grad = value[right], grad[right]
             origin = x.detach()[rows].flatten(1)
             move, normal = torch.zeros_like(origin), None
             for step in range(steps):
@@ -312,7 +319,7 @@ def approach_counting(
                 found[rows], points[rows] = True, at.view(-1, *x.shape[1:])
                 margins[rows], values[rows] = the_norm.length(move), value
                 grads[rows] = grad.view(-1, *x.shape[1:])
-    return Boundary(points, found, margins, values, grads), count
+    return Boundary(points, found, margins, values, grads), count, reached
 
 
 def is_locally_closest(x: Tensor, boundary: Boundary, norm: str = "Linf") -> Tensor:

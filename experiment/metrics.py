@@ -2,10 +2,13 @@
 
 import math
 import resource
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from experiment.processes import packed, unpacked
 
 
 class Meter:
@@ -15,9 +18,9 @@ class Meter:
         self.state = state or {"images": 0, "steps": 0, "seconds": 0.0, "sums": {}, "margins": torch.zeros(0)}
 
     def add(self, metrics: dict[str, Tensor], grad_norm: float, images: int) -> None:
-        """Take in a step: means over its images, its margins (with nan for none), its gradient norm."""
+        """Take in a step: means over its images, its margins (with nan for none), its gradient norm; all `on_host`."""
         metrics = dict(metrics)
-        margins = metrics.pop("margins", torch.zeros(0)).float().cpu()
+        margins = metrics.pop("margins", torch.zeros(0)).float()
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         sums, begun = self.state["sums"], bool(self.state["images"])
         for name, value in zip(metrics, values, strict=True):
@@ -51,6 +54,11 @@ class Meter:
         for percent in (10, 25, 50, 75, 90):
             row[f"margin_q{percent}"] = margins[round(percent / 100 * (len(margins) - 1))].item()
         return row
+
+
+def on_host(values: Sequence[Tensor]) -> list[Tensor]:
+    """The values on the CPU: of a GPU all in one transfer, since each waits for what the GPU still has to do."""
+    return unpacked(packed(values).cpu(), values)
 
 
 def peak_memory_mib(device: torch.device) -> float:

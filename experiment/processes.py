@@ -241,9 +241,9 @@ class Processes(contextlib.AbstractContextManager):
     def mean_(self, values: Sequence[Tensor], n: int) -> None:
         """Put the mean over all n rows in the place of means over the rows of this process."""
         if self.connected:
-            flat = _flat([self.weight(n) * value for value in values])
+            flat = packed([self.weight(n) * value for value in values])
             self.sum_(flat)
-            for value, mean in zip(values, _split(flat, values), strict=True):
+            for value, mean in zip(values, unpacked(flat, values), strict=True):
                 value.copy_(mean)
 
     @torch.no_grad()
@@ -283,9 +283,9 @@ class Processes(contextlib.AbstractContextManager):
             else:
                 pieces.append(weight * value)
         pieces += [weight * loss, reached, torch.zeros(len(ASKING)) if signals is None else signals.wished()]
-        flat = _flat(pieces, loss.device)
+        flat = packed(pieces, loss.device)
         self.sum_(flat)
-        sums = _split(flat, pieces)
+        sums = unpacked(flat, pieces)
         for parameter, by_any, gradient in zip(parameters, sums[-2].tolist(), sums, strict=False):
             if by_any:
                 parameter.grad = torch.empty_like(parameter) if parameter.grad is None else parameter.grad
@@ -410,7 +410,7 @@ def _as_told(rank: int, kind: str, message: str) -> Exception:
     return kinds[kind](f"rank {rank}: {message}") if kind else Lost(f"rank {rank} ended with {message}")
 
 
-def _flat(pieces: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
+def packed(pieces: Sequence[Tensor], device: torch.device | None = None) -> Tensor:
     """All in one, in the widest of their types and at least in float32."""
     dtype = torch.float32
     for piece in pieces:
@@ -418,7 +418,7 @@ def _flat(pieces: Sequence[Tensor], device: torch.device | None = None) -> Tenso
     return torch.cat([piece.detach().reshape(-1).to(device, dtype) for piece in pieces])
 
 
-def _split(flat: Tensor, pieces: Sequence[Tensor]) -> list[Tensor]:
-    """What `_flat` has put together, in its shapes and types."""
+def unpacked(flat: Tensor, pieces: Sequence[Tensor]) -> list[Tensor]:
+    """What `packed` has put together, in its shapes and the type of `flat`."""
     parts = flat.split([piece.numel() for piece in pieces])
     return [part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)]
