@@ -45,7 +45,7 @@ for _settings in METHODS.values():
     if "search" in _settings:
         _settings["search_steps"] = TRAINING[_settings["search"]]["search_steps"]
 # The peak rates that each method is tried with, on the middle budget.
-LEARNING_RATES = (0.1, 0.2, 0.4)
+LEARNING_RATES = (0.2, 0.4, 0.8)
 
 
 def passes_an_image(settings: Mapping[str, Any], correct: float = PLANNED_CORRECT) -> float:

@@ -12,7 +12,7 @@ from runs import finished_run
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the stand-ins for trainings come to, by their flags.
-BY_RATE = {"0.1": 0.2, "0.2": 0.3, "0.4": 0.25}
+BY_RATE = {"0.2": 0.2, "0.4": 0.3, "0.8": 0.25}
 OF_DYART = 0.05
 
 
