@@ -8,9 +8,12 @@ python scripts/compare_methods_report.py FLAGS --todo PART      for each missing
 A run is finished where --output or --folder has it. Those that chose a rate are judged on held-out images by
 minimum_norm_attack (eval.py --curve), which takes seconds; runs over seeds begin when a method's choice is complete.
 They are attacked by AutoAttack at --eps, and by minimum_norm_attack at half of it, an upper bound.
+What a method's flags stood for is kept in --output: where they have come to mean something else, nothing is compared.
+Of each run there is the commit that trained it, and where those differ the table says so.
 """
 
 import argparse
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -21,8 +24,11 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 
 from analysis.budget import LEARNING_RATES, METHODS, plan, spent
+from analysis.comparison import check_alike, deciding_settings, of_several_codes, trained_by
+from evaluation.environment import device_name
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
@@ -79,8 +85,16 @@ class Run:
         words = [method, f"budget{budget}", *(f"{name}{value}" for name, value in chosen.items()), f"seed{seed}"]
         self.folder = args.folder / "-".join(words)
 
-    def commands(self, version: str) -> str:
-        """What compare_methods.sh runs for it."""
+    @property
+    def name(self) -> str:
+        """What it is one of several runs of, at other rates and with other seeds."""
+        key = self.key
+        words = [key["method"], f"for {key['budget']}", key["dataset"], key["model"], f"{key['eps']}/255", key["train"]]
+        return " ".join(words).strip()
+
+    @property
+    def flags(self) -> str:
+        """Its flags of train.py."""
         given = {"dataset": self.args.dataset, "model": self.args.model, "device": self.args.device}
         given |= {"seed": self.key["seed"], "scheduler": "cyclic", "batch_size": 128, "burn_in_batch_size": 128}
         given |= {"validation_size": 500, "validation_attack_iter": 10, **self.settings}
@@ -88,12 +102,15 @@ class Run:
             given["attack_eps"] = f"{self.args.eps}/255"
             if 0 < self.settings.get("attack_iter", 10) < 10:
                 given["attack_step"] = f"{float(self.args.eps) / 2:g}/255"
-        train = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+        return " ".join([*(f"--{name.replace('_', '-')} {value}" for name, value in given.items()), self.args.train])
+
+    def commands(self, version: str) -> str:
+        """What compare_methods.sh runs for it."""
         curve = f"--curve --eps {float(self.args.eps) / 2:g} {self.args.eps} --n {self.args.leaders_n}"
         attack = f"--eps {self.args.eps} --n {self.images(version)} --version {version} --batch-size 250"
         attacks = [] if self.curve() else [f"{curve} --images {self.part}"]
         attacks += [] if version == CURVE else [attack]
-        words = [f"{self.folder} {train} {self.args.train}".strip()]
+        words = [f"{self.folder} {self.flags}".strip()]
         return " -- ".join(words + [f"{attack} --device {self.args.device}" for attack in attacks])
 
     @property
@@ -130,7 +147,8 @@ class Run:
         run["robust"] = bounds[f"{self.args.eps}/255"] if version == CURVE else judge["robust_accuracy"]
         run["robust_half"] = bounds[f"{float(self.args.eps) / 2:g}/255"]
         run |= {"clean_epochs_spent": round(spent(experiment.settings, rows), 2), "epochs": len(rows)}
-        return run | {"training_seconds": round(sum(row["seconds"] for row in rows))}
+        run |= {"training_seconds": round(sum(row["seconds"] for row in rows))}
+        return run | {"machine": device_name(torch.device(experiment.settings["device"])), "code": trained_by()}
 
 
 class Comparison:
@@ -138,11 +156,15 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.known: list[dict[str, Any]] = read_json(args.output)["runs"] if args.output.exists() else []
+        content = read_json(args.output) if args.output.exists() else {}
+        self.known: list[dict[str, Any]] = content.get("runs", [])
+        self.settings: dict[str, dict[str, Any]] = content.get("settings", {})
         self.middle = sorted(args.budget)[(len(args.budget) - 1) // 2]
 
     def figures(self, run: Run, version: str = "custom") -> dict[str, Any] | None:
         """What is known of a run by an attack; what its folder knows is kept."""
+        now = {name: value for name, value in deciding_settings(shlex.split(run.flags)).items() if name != "lr"}
+        check_alike(run.name, self.settings.setdefault(run.name, now), now, self.args.output)
         version = CURVE if run.tuning else version
         key = run.key | {"version": version, "n": run.images(version)}
         for known in self.known:
@@ -267,10 +289,14 @@ def main() -> int:
     rows = comparison.table()
     for method in args.methods:  # what chose is kept as well
         comparison.chosen(method)
-    write_json(args.output, {"table": rows, "runs": comparison.known})
+    command = shlex.join(["bash", "scripts/compare_methods.sh", *sys.argv[1:]])
+    content = {"command": command, "table": rows, "runs": comparison.known, "settings": comparison.settings}
+    write_json(args.output, content)
     show(rows, args.eps)
     if rows:
         draw(rows, args.eps, args.output.with_suffix(".png"))
+    trained = {(f"{run['method']} for {run['budget']}", run.get("code")): None for run in comparison.known}
+    print("\n".join(of_several_codes(trained)))
     print(f"figures in {args.output}")
     return 0
 

@@ -22,9 +22,7 @@ import argparse
 import itertools
 import re
 import shlex
-import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -34,37 +32,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from analysis.budget import spent
+from analysis.comparison import check_alike, deciding_settings, of_several_codes, trained_by
 from analysis.curve import measure_distances
 from data import first_examples
-from evaluation.candidate import load_candidate, load_part, sha256
+from evaluation.candidate import load_candidate, load_part
 from evaluation.environment import device_name
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
-from experiment.settings import PLACE, resolve, upgraded
-from experiment.train_flags import parse
 from storage.files import read_json, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 PASSES = 20
 # The column of what --track-dynamics saw, where all runs have it.
 NEGATIVE = "negative speeds"
-# Settings on which a comparison does not depend: where and how, and what differs between the runs of a variant.
-LEFT_OUT = (*PLACE, "seed", "pretrained")
-# The code that decides what comes out of a training.
-CODE = ("train.py", "dyart", "experiment", "models", "data")
-
-
-def trained_by() -> str | None:
-    """The last commit of the code that trains, with "+" where files of it differ; None without git or a clone."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", ROOT, *words, "--", *CODE], capture_output=True, text=True).stdout.strip()
-
-    if shutil.which("git") is None:
-        return None
-    commit = git("log", "-1", "--format=%h", "--abbrev=7")
-    return commit + "+" * bool(git("status", "--porcelain")) if commit else None
 
 
 class Comparison:
@@ -77,29 +57,14 @@ class Comparison:
         for variant in self.content["variants"]:
             if not re.fullmatch(r"[\w.+,-]+", variant):
                 raise ValueError(f"{file}: variant {variant!r} is to be the name of a folder, without spaces")
-            now = self.settings(variant, self.content["seeds"][0])
-            before = upgraded(known.setdefault(variant, now))
-            before = {name: value for name, value in before.items() if name not in LEFT_OUT}
-            if before != now:
-                changed = [name for name in now if now.get(name) != before.get(name)]
-                words = ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
-                raise ValueError(f"{file}: {variant} was trained with {words}; compare like with like, in a new file")
+            now = deciding_settings(shlex.split(self.flags(variant, self.content["seeds"][0])))
+            check_alike(variant, known.setdefault(variant, now), now, file)
         if not isinstance(against, list) or not set(against) <= self.content["variants"].keys():
             raise ValueError(f"{file}: against {against!r} is to be a list of its variants")
 
     def flags(self, variant: str, seed: int) -> str:
         """The flags of train.py for a run."""
         return f"{self.content['train']} {self.content['variants'][variant]} --seed {seed}"
-
-    def settings(self, variant: str, seed: int) -> dict[str, Any]:
-        """What decides what comes out of a variant's runs, as args.yaml would have it."""
-        resolved = resolve(parse(shlex.split(self.flags(variant, seed))))
-        settings = {name: value for name, value in resolved.items() if name not in LEFT_OUT}
-        if resolved["aux_data_filename"] is not None:
-            settings["aux_data_filename"] = Path(resolved["aux_data_filename"]).name
-        if resolved["pretrained"] is not None:
-            settings["pretrained_sha256"] = sha256(Path(resolved["pretrained"]))
-        return settings
 
     def todo(self) -> list[str]:
         """The missing runs, seed by seed."""
@@ -189,11 +154,7 @@ class Comparison:
             spent_here = [run["spent"] for run in runs if run.get("spent") is not None]
             cells += [str(n), f"{statistics.mean(spent_here):.1f}" if spent_here else ""]
             lines.append("| " + " | ".join([label, *cells]) + " |")
-        by_code: dict[str, list[str]] = {}
-        for run in self.runs:
-            by_code.setdefault(run.get("code") or "code not known", []).append(f"{run['variant']}-{run['seed']}")
-        if len(by_code) > 1:
-            lines += ["", "not trained by one code:", *(f"  {code}: {', '.join(of)}" for code, of in by_code.items())]
+        lines += of_several_codes((f"{run['variant']}-{run['seed']}", run.get("code")) for run in self.runs)
         return lines
 
     def _by_seed(self, variant: str) -> dict[int, dict[str, float]]:

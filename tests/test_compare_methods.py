@@ -89,3 +89,15 @@ def test_choices_are_made_on_held_out_images_and_runs_follow_them(report, tmp_pa
     assert (tmp_path / "methods.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     shutil.rmtree(tmp_path / "runs")  # what is known is not run again
     assert report() == table
+
+    # Nor is it compared with what was trained otherwise.
+    assert "not trained by one code" not in table
+    content["runs"][0]["code"] = "0000000"
+    (tmp_path / "methods.json").write_text(json.dumps(content))
+    assert "not trained by one code:\n  0000000: n-fgsm for 8\n" in report()
+    content["settings"]["dyart-short for 8 digits wrn-10-1-swish 8/255"]["clip_grad"] = 1.0
+    (tmp_path / "methods.json").write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match=r"dyart-short for 8 digits .* was trained with clip_grad 1\.0, now 3\.0; comp"
+    ):
+        report()

@@ -12,6 +12,7 @@ import torch
 from runs import finished_run
 
 import train
+from analysis import comparison as compared
 from models import create_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,14 +150,14 @@ def test_runs_of_different_code_are_named(report, tmp_path):
     assert "not trained by one code:\n  0000000: one-0\n" in table and ": one-3\n" in table
 
 
-def test_the_commit_is_the_last_of_the_code_that_trains(script, tmp_path, monkeypatch):
+def test_the_commit_is_the_last_of_the_code_that_trains(tmp_path, monkeypatch):
     def git(*words):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         command = ["git", "-C", tmp_path, *identity, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
-    monkeypatch.setattr(script, "ROOT", tmp_path)
-    assert script.trained_by() is None
+    monkeypatch.setattr(compared, "ROOT", tmp_path)
+    assert compared.trained_by() is None
     git("init", "-q")
     (tmp_path / "train.py").write_text("1")
     git("add", ".")
@@ -165,8 +166,8 @@ def test_the_commit_is_the_last_of_the_code_that_trains(script, tmp_path, monkey
     (tmp_path / "README.md").write_text("1")
     git("add", ".")
     git("commit", "-qm", "does not")
-    assert script.trained_by() == trains
+    assert compared.trained_by() == trains
     (tmp_path / "train.py").write_text("2")
-    assert script.trained_by() == f"{trains}+"
+    assert compared.trained_by() == f"{trains}+"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert script.trained_by() is None
+    assert compared.trained_by() is None

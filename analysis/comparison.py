@@ -1,0 +1,58 @@
+"""What decides what comes out of a training, and which code it was. For scripts/compare_*.py."""
+
+import shutil
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.candidate import sha256
+from experiment.settings import PLACE, resolve, upgraded
+from experiment.train_flags import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+# Settings on which a comparison does not depend: where and how, and what differs between runs that are alike.
+LEFT_OUT = (*PLACE, "seed", "pretrained")
+# The code that decides what comes out of a training.
+CODE = ("train.py", "dyart", "experiment", "models", "data")
+
+
+def trained_by() -> str | None:
+    """The last commit of the code that trains, with "+" where files of it differ; None without git or a clone."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words, "--", *CODE], capture_output=True, text=True).stdout.strip()
+
+    if shutil.which("git") is None:
+        return None
+    commit = git("log", "-1", "--format=%h", "--abbrev=7")
+    return commit + "+" * bool(git("status", "--porcelain")) if commit else None
+
+
+def deciding_settings(words: Sequence[str]) -> dict[str, Any]:
+    """What decides what comes out of runs with these flags of train.py, but for the seed, as args.yaml has it."""
+    resolved = resolve(parse(words))
+    settings = {name: value for name, value in resolved.items() if name not in LEFT_OUT}
+    if resolved["aux_data_filename"] is not None:
+        settings["aux_data_filename"] = Path(resolved["aux_data_filename"]).name
+    if resolved["pretrained"] is not None:
+        settings["pretrained_sha256"] = sha256(Path(resolved["pretrained"]))
+    return settings
+
+
+def check_alike(name: str, before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
+    """Raise ValueError where the settings `before`, with which runs of `file` were trained, are not those of `now`."""
+    before = {name: value for name, value in upgraded(before).items() if name not in LEFT_OUT}
+    if before != now:
+        changed = [name for name in now if now.get(name) != before.get(name)]
+        words = ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
+        raise ValueError(f"{file}: {name} was trained with {words}; compare like with like, in a new file")
+
+
+def of_several_codes(runs: Iterable[tuple[str, str | None]]) -> list[str]:
+    """Lines that say which code trained which run, of pairs of a run's name and code; none where it was one code."""
+    by_code: dict[str, list[str]] = {}
+    for name, code in runs:
+        by_code.setdefault(code or "code not known", []).append(name)
+    lines = [f"  {code}: {', '.join(names)}" for code, names in by_code.items()]
+    return ["", "not trained by one code:", *lines] if len(by_code) > 1 else []
