@@ -19,6 +19,7 @@ PLANNED_CORRECT = 0.55
 # The burn-in's share of a budget; that of the short recipe, 4 of some 52 epochs' worth.
 BURN_IN_SHARE = 0.08
 
+# The short recipe, of which schedule, batches, rate and numbers of epochs are the comparison's.
 _SHORT = {
     "method": "dyart",
     "search": CIFAR10["search"],

@@ -1,8 +1,9 @@
 """What decides what comes out of a training, and which code it was. For scripts/compare_*.py."""
 
+import shlex
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,28 @@ def trained_by() -> str | None:
     return commit + "+" * bool(git("status", "--porcelain")) if commit else None
 
 
-def deciding_settings(words: Sequence[str]) -> dict[str, Any]:
-    """What decides what comes out of runs with these flags of train.py, but for the seed, as args.yaml has it."""
-    resolved = resolve(parse(words))
-    settings = {name: value for name, value in resolved.items() if name not in LEFT_OUT}
-    if resolved["aux_data_filename"] is not None:
-        settings["aux_data_filename"] = Path(resolved["aux_data_filename"]).name
-    if resolved["pretrained"] is not None:
-        settings["pretrained_sha256"] = sha256(Path(resolved["pretrained"]))
-    return settings
+def deciding_settings(flags: str) -> dict[str, Any]:
+    """What decides what comes out of runs with these flags of train.py, but for the seed, by the names of args.yaml."""
+    return deciding(resolve(parse(shlex.split(flags))))
 
 
-def check_alike(name: str, before: Mapping[str, Any], now: Mapping[str, Any], file: Path) -> None:
-    """Raise ValueError where the settings `before`, with which runs of `file` were trained, are not those of `now`."""
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings of a run those that decide what comes out of it, but for the seed; files by what is in them."""
+    found = {name: value for name, value in upgraded(settings).items() if name not in LEFT_OUT}
+    if settings["aux_data_filename"] is not None:
+        found["aux_data_filename"] = Path(settings["aux_data_filename"]).name
+    if settings["pretrained"] is not None:
+        found["pretrained_sha256"] = sha256(Path(settings["pretrained"]))
+    return found
+
+
+def check_alike(name: str, before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+    """Raise ValueError where the settings `before`, of the runs that a file or folder has, are not those of `now`."""
     before = {name: value for name, value in upgraded(before).items() if name not in LEFT_OUT}
     if before != now:
-        changed = [name for name in now if now.get(name) != before.get(name)]
+        changed = [name for name in {**now, **before} if now.get(name) != before.get(name)]
         words = ", ".join(f"{name} {before.get(name)}, now {now.get(name)}" for name in changed)
-        raise ValueError(f"{file}: {name} was trained with {words}; compare like with like, in a new file")
+        raise ValueError(f"{where}: {name} was trained with {words}; compare like with like, in a new place")
 
 
 def of_several_codes(runs: Iterable[tuple[str, str | None]]) -> list[str]:

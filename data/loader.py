@@ -166,15 +166,20 @@ class Loader:
         n = len(rows) + self.auxiliary_rows
         mine = rows_of(n, *self.part)
         taken = np.arange(n)[mine]
-        index = torch.from_numpy(rows[taken[taken < len(rows)]]).to(self.device)
+        index = self._there(rows[taken[taken < len(rows)]])
         images, labels = in_memory(self.images[index]).to(self.device), self.labels[index]
         if extra is not None:
             images, labels = torch.cat([images, extra.images]), torch.cat([labels, extra.labels])
         if self.augment:
-            top, left = torch.from_numpy(rng.integers(2 * PADDING + 1, size=(2, n))[:, mine]).to(self.device)
-            flip = torch.from_numpy((rng.random(n) < 0.5)[mine]).to(self.device)
+            top, left = self._there(rng.integers(2 * PADDING + 1, size=(2, n))[:, mine])
+            flip = self._there((rng.random(n) < 0.5)[mine])
             images = crop_and_flip(images, top, left, flip)
         return to_input(images), labels
+
+    def _there(self, values: np.ndarray) -> torch.Tensor:
+        """The values on `device`; a GPU takes them from pinned memory when it comes to it, without being waited for."""
+        found = torch.from_numpy(values)
+        return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found
 
 
 def _joined(pieces: Sequence["Future[Split]"]) -> Split:

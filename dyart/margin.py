@@ -191,18 +191,33 @@ def find_boundary(
     )
 
 
-def check_batch(x: Tensor, labels: Tensor, among: Tensor | None = None) -> Tensor:
-    """The rows of `among` (n,), by default all. Raises ValueError where a pixel is outside [0, 1] or labels do not fit.
+def check_batch(x: Tensor, labels: Tensor) -> None:
+    """Raise ValueError where labels do not fit x, or a pixel is outside [0, 1]."""
+    _check_labels(x, labels)
+    _check_box(((x >= 0) & (x <= 1)).all())
 
-    A GPU is asked for both at once: an answer waits for all that it has to do.
+
+def checked_rows(x: Tensor, labels: Tensor, among: Tensor) -> Tensor:
+    """The rows of a mask (n,), in order. Raises ValueError as `check_batch` does.
+
+    A GPU is asked for their number and for the check at once, since each answer waits for all that it has to do; so
+    they are not taken by `nonzero`, which would ask again.
     """
+    _check_labels(x, labels)
+    among = among.to(x.device)
+    within, count = torch.stack([((x >= 0) & (x <= 1)).all(), among.sum()]).tolist()
+    _check_box(within)
+    return among.byte().argsort(descending=True, stable=True)[:count]
+
+
+def _check_labels(x: Tensor, labels: Tensor) -> None:
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels must have shape ({x.shape[0]},) to fit x, got {tuple(labels.shape)}")
-    chosen = torch.ones_like(labels, dtype=torch.bool) if among is None else among
-    within, count = torch.stack([((x >= 0) & (x <= 1)).all(), chosen.sum()]).tolist()
+
+
+def _check_box(within: Tensor | int) -> None:
     if not within:
         raise ValueError("x must lie in [0, 1]")
-    return chosen.byte().argsort(descending=True, stable=True)[:count]
 
 
 def value_and_gradient(
@@ -287,7 +302,7 @@ def approach_counting(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if reach is not None and not 0 < reach < math.inf:
         raise ValueError(f"reach must be positive and finite, got {reach}")
-    rows = check_batch(x, labels, among)
+    rows = checked_rows(x, labels, torch.ones_like(labels, dtype=torch.bool) if among is None else among)
     margins = torch.zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     found, points, values, grads = margins.bool(), x.detach().clone(), margins.clone(), torch.zeros_like(x)
     count, reached = len(rows), rows

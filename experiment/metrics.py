@@ -57,8 +57,11 @@ class Meter:
 
 
 def on_host(values: Sequence[Tensor]) -> list[Tensor]:
-    """The values on the CPU: of a GPU all in one transfer, since each waits for what the GPU still has to do."""
-    return unpacked(packed(values).cpu(), values)
+    """The values on the CPU: of a GPU all in one transfer, since each waits for what the GPU still has to do.
+
+    They are gathered where the first one lies.
+    """
+    return unpacked(packed(values, values[0].device).cpu(), values)
 
 
 def peak_memory_mib(device: torch.device) -> float:

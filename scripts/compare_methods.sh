@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Which method makes the most robust model for the same cost? Every method spends the same passes through the network,
-# burn-in included: first three peak rates each on the middle budget, chosen on held-out images, then runs
-# over seeds under AutoAttack custom, the leaders' under standard; and a table and a picture. A run a core at a time;
-# what is finished is not run again, and what was cut goes on.
+# burn-in included: first three peak rates each on the middle budget, chosen on held-out images, then runs over seeds
+# under AutoAttack custom, the leaders' under standard; and a table and a picture. A run a core at a time; what is
+# finished is not run again, and what was cut goes on.
 #     bash scripts/compare_methods.sh [--budget "9 18 36"] [--seeds "0 1 2"] [--methods "clean at-10 ..."]
 #         [--dataset cifar10] [--model wrn-10-1-swish] [--eps 8] [--n 500] [--leaders-n 1000]
 #         [--folder experiments/compare-methods] [--output results/compare-methods.json]
@@ -26,6 +26,7 @@ train_and_attack() {
         elif [ "$first" = 1 ]; then
             "$PYTHON" train.py "${words[@]}" --output-dir "$(dirname "$folder")" --name "$(basename "$folder")" \
                 --if-exists resume
+            "$PYTHON" scripts/compare_methods_report.py --measure "$folder"
         else
             "$PYTHON" eval.py "$folder" "${words[@]}"
         fi

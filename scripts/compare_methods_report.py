@@ -4,12 +4,13 @@ python scripts/compare_methods_report.py FLAGS                  the table, also 
 python scripts/compare_methods_report.py FLAGS --todo PART      for each missing run of tuning, runs or leaders: its
                                                                 folder, the flags of train.py, and after each -- the
                                                                 flags of an eval.py
+python scripts/compare_methods_report.py --measure FOLDER       after a run, which machine and code trained it, there
 
 A run is finished where --output or --folder has it. Those that chose a rate are judged on held-out images by
 minimum_norm_attack (eval.py --curve), which takes seconds; runs over seeds begin when a method's choice is complete.
 They are attacked by AutoAttack at --eps, and by minimum_norm_attack at half of it, an upper bound.
-What a method's flags stood for is kept in --output: where they have come to mean something else, nothing is compared.
-Of each run there is the commit that trained it, and where those differ the table says so.
+What a method's flags stood for is kept in --output: where that or a folder's settings are not what they stand for now,
+nothing is compared. Of each run there is the commit that trained it, and where those differ the table says so.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from analysis.budget import LEARNING_RATES, METHODS, plan, spent
-from analysis.comparison import check_alike, deciding_settings, of_several_codes, trained_by
+from analysis.comparison import check_alike, deciding, deciding_settings, of_several_codes, trained_by
 from evaluation.environment import device_name
 from evaluation.results import Results
 from experiment import flags
@@ -37,10 +38,13 @@ from storage.files import naming, read_json, replacing, write_json
 # Seeds that choose are not among those that are reported.
 TUNING_SEED = 1000
 PARTS = ("tuning", "runs", "leaders")
-# How many methods of each budget are attacked by all of AutoAttack.
+# How many methods of each budget are attacked by all of AutoAttack: of those that are one --method of train.py, which
+# may be here with several numbers of steps or several λ, the best.
 LEADERS = 3
 # The attack that chooses: beside AutoAttack's versions, which judge.
 CURVE = "minimum-norm"
+# The file of a run's folder that says which machine and code trained it.
+TRAINED = "trained.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="as for train.py")
     p.add_argument("--train", default="", help="more flags of train.py for all runs, as one word")
     p.add_argument("--todo", choices=PARTS, default=None, help="print what is missing of a part")
+    p.add_argument("--measure", type=Path, metavar="FOLDER", default=None, help="write down what trained a run")
     return p
 
 
@@ -142,13 +147,15 @@ class Run:
             return None
         bounds = curve["robust_accuracy"]
         experiment = Experiment.open(self.folder)
+        check_alike(self.name, deciding(experiment.settings), deciding_settings(self.flags), self.folder)
         rows = experiment.read_metrics()
         run = {**self.key, "version": version, "n": self.images(version), "clean": judge["clean_accuracy"]}
         run["robust"] = bounds[f"{self.args.eps}/255"] if version == CURVE else judge["robust_accuracy"]
         run["robust_half"] = bounds[f"{float(self.args.eps) / 2:g}/255"]
         run |= {"clean_epochs_spent": round(spent(experiment.settings, rows), 2), "epochs": len(rows)}
         run |= {"training_seconds": round(sum(row["seconds"] for row in rows))}
-        return run | {"machine": device_name(torch.device(experiment.settings["device"])), "code": trained_by()}
+        trained = self.folder / TRAINED
+        return run | (read_json(trained) if trained.exists() else {})
 
 
 class Comparison:
@@ -163,16 +170,18 @@ class Comparison:
 
     def figures(self, run: Run, version: str = "custom") -> dict[str, Any] | None:
         """What is known of a run by an attack; what its folder knows is kept."""
-        now = {name: value for name, value in deciding_settings(shlex.split(run.flags)).items() if name != "lr"}
-        check_alike(run.name, self.settings.setdefault(run.name, now), now, self.args.output)
+        now = {name: value for name, value in deciding_settings(run.flags).items() if name != "lr"}
         version = CURVE if run.tuning else version
         key = run.key | {"version": version, "n": run.images(version)}
-        for known in self.known:
-            if all(known.get(name) == value for name, value in key.items()):
-                return known
+        if run.name in self.settings:
+            check_alike(run.name, self.settings[run.name], now, self.args.output)
+            for known in self.known:
+                if all(known.get(name) == value for name, value in key.items()):
+                    return known
         found = run.outcome(version)
         if found is not None:
             self.known.append(found)
+            self.settings.setdefault(run.name, now)
         return found
 
     def tuning(self, method: str) -> list[Run]:
@@ -182,12 +191,16 @@ class Comparison:
         return [Run(self.args, method, self.middle, TUNING_SEED, {"lr": rate}) for rate in LEARNING_RATES]
 
     def chosen(self, method: str) -> dict[str, Any] | None:
-        """The rate of the highest robust, then clean accuracy on held-out images; None while runs are missing."""
+        """The rate of the highest robust, then clean accuracy on held-out images; None while runs are missing.
+
+        Of rates that are alike in both, the lowest.
+        """
         figures = [self.figures(run) for run in self.tuning(method)]
         if None in figures:
             return None
-        best = max(figures, key=lambda figure: (figure["robust"], figure["clean"]), default={})
-        return {name: best[name] for name in ("lr",) if name in best}
+        if not figures:
+            return {}
+        return {"lr": max(figures, key=lambda figure: (figure["robust"], figure["clean"]))["lr"]}
 
     def runs(self) -> list[Run]:
         """The runs that are reported, as far as their settings are chosen: leaders' budgets first to last."""
@@ -210,8 +223,10 @@ class Comparison:
                 for method in self.args.methods
                 if (known := [f for run in runs if run.key["method"] == method and (f := self.figures(run))])
             }
-            best = sorted(means, key=means.__getitem__, reverse=True)[:LEADERS]
-            found += [run for run in runs if run.key["method"] in best]
+            best: dict[str, str] = {}
+            for method in sorted(means, key=means.__getitem__, reverse=True):
+                best.setdefault(METHODS[method]["method"], method)
+            found += [run for run in runs if run.key["method"] in list(best.values())[:LEADERS]]
         return found
 
     def todo(self, part: str) -> list[str]:
@@ -282,6 +297,11 @@ def draw(rows: list[dict[str, Any]], eps: str, path: Path) -> None:
 def main() -> int:
     """Print what is missing, or print, write and draw what there is."""
     args = build_parser().parse_args()
+    if args.measure:
+        if not (args.measure / TRAINED).exists():
+            device = Experiment.open(args.measure).settings["device"]
+            write_json(args.measure / TRAINED, {"machine": device_name(torch.device(device)), "code": trained_by()})
+        return 0
     comparison = Comparison(args)
     if args.todo:
         print("".join(f"{line}\n" for line in comparison.todo(args.todo)), end="")
@@ -295,9 +315,8 @@ def main() -> int:
     show(rows, args.eps)
     if rows:
         draw(rows, args.eps, args.output.with_suffix(".png"))
-    trained = {(f"{run['method']} for {run['budget']}", run.get("code")): None for run in comparison.known}
-    print("\n".join(of_several_codes(trained)))
-    print(f"figures in {args.output}")
+    trained = [(run.folder.name, found.get("code")) for run in comparison.runs() if (found := comparison.figures(run))]
+    print("\n".join([*of_several_codes(trained), f"figures in {args.output}"]))
     return 0
 
 

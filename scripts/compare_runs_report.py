@@ -21,7 +21,6 @@ the table says so. Runs with --track-dynamics have a column of their shares of n
 import argparse
 import itertools
 import re
-import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -32,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from analysis.budget import spent
-from analysis.comparison import check_alike, deciding_settings, of_several_codes, trained_by
+from analysis.comparison import check_alike, deciding, deciding_settings, of_several_codes, trained_by
 from analysis.curve import measure_distances
 from data import first_examples
 from evaluation.candidate import load_candidate, load_part
@@ -57,7 +56,7 @@ class Comparison:
         for variant in self.content["variants"]:
             if not re.fullmatch(r"[\w.+,-]+", variant):
                 raise ValueError(f"{file}: variant {variant!r} is to be the name of a folder, without spaces")
-            now = deciding_settings(shlex.split(self.flags(variant, self.content["seeds"][0])))
+            now = deciding_settings(self.flags(variant, self.content["seeds"][0]))
             check_alike(variant, known.setdefault(variant, now), now, file)
         if not isinstance(against, list) or not set(against) <= self.content["variants"].keys():
             raise ValueError(f"{file}: against {against!r} is to be a list of its variants")
@@ -85,8 +84,10 @@ class Comparison:
         """What came of a finished run, into its folder."""
         experiment = Experiment.open(self.folder / name)
         settings, rows = experiment.settings, experiment.read_metrics()
-        accuracies = self._margins(experiment) if self.content["attack"] == "margins" else self._autoattack(experiment)
         variant, _, seed = name.rpartition("-")
+        now = deciding_settings(self.flags(variant, int(seed)))
+        check_alike(name, deciding(settings), now, experiment.folder)
+        accuracies = self._margins(experiment) if self.content["attack"] == "margins" else self._autoattack(experiment)
         run = {"variant": variant, "seed": int(seed), "accuracy": accuracies}
         run |= {"clean_epochs_spent": round(spent(settings, rows), 2)}
         run |= {

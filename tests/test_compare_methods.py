@@ -31,6 +31,7 @@ def report(tmp_path, monkeypatch, capsys):
         assert script.main() == 0
         return capsys.readouterr().out
 
+    call.script = script
     return call
 
 
@@ -92,12 +93,41 @@ def test_choices_are_made_on_held_out_images_and_runs_follow_them(report, tmp_pa
 
     # Nor is it compared with what was trained otherwise.
     assert "not trained by one code" not in table
-    content["runs"][0]["code"] = "0000000"
+    content["runs"][6]["code"] = "0000000"
     (tmp_path / "methods.json").write_text(json.dumps(content))
-    assert "not trained by one code:\n  0000000: n-fgsm for 8\n" in report()
+    assert "not trained by one code:\n  0000000: n-fgsm-budget8-lr0.4-seed0\n  code not known: dyart-" in report()
     content["settings"]["dyart-short for 8 digits wrn-10-1-swish 8/255"]["clip_grad"] = 1.0
     (tmp_path / "methods.json").write_text(json.dumps(content))
     with pytest.raises(
         ValueError, match=r"dyart-short for 8 digits .* was trained with clip_grad 1\.0, now 3\.0; comp"
     ):
         report()
+
+
+def test_a_folder_of_other_trainings_is_not_taken_for_these(report, tmp_path):
+    lines = report("--todo", "tuning").splitlines()
+    for line in lines:
+        finish(line)
+    with pytest.raises(
+        ValueError, match=r"lr0\.2-seed1000: n-fgsm for 8 .* with weight_decay 0\.0005, now 0\.01; comp"
+    ):
+        report("--train", "--weight-decay 0.01", "--todo", "tuning")
+    # Which code and machine it was is written down at once, and once.
+    folder = Path(lines[0].split()[0])
+    for code in ("1111111", "2222222"):
+        report.script.trained_by = lambda code=code: code
+        report("--measure", str(folder))
+    assert json.loads((folder / "trained.json").read_text())["code"] == "1111111"
+    report()
+    runs = json.loads((tmp_path / "methods.json").read_text())["runs"]
+    assert [run.get("code") for run in runs if run["method"] == "n-fgsm"] == ["1111111", None, None]
+
+
+def test_leaders_are_of_different_methods(report, tmp_path):
+    methods = "n-fgsm dyart-short dyart-short-75 dyart-short-300 at-2 at-3 trades"
+    report("--methods", methods, "--budget", "18")
+    for part in ("tuning", "runs"):
+        for line in report("--methods", methods, "--budget", "18", "--seeds", "0", "--todo", part).splitlines():
+            finish(line)
+    leaders = report("--methods", methods, "--budget", "18", "--seeds", "0", "--todo", "leaders").splitlines()
+    assert sorted(line.split("--method ")[1].split()[0] for line in leaders) == ["at", "dyart", "n-fgsm"]

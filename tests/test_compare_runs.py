@@ -60,7 +60,7 @@ def test_runs_are_compared_seed_by_seed_and_run_once(report, tmp_path):
     ]
     for variant, gain in (("one", 0.0), ("two", 0.0625)):
         for seed, clean in ((0, 0.5), (3, 0.75)):
-            argv = [*TRAIN.split(), "--seed", str(seed)]
+            argv = next(line[1:] for line in lines if line[0] == f"{variant}-{seed}")
             robust = dict.fromkeys(("4/255", "8/255"), 0.25 + gain * clean)
             finished_run(tmp_path / "runs" / f"{variant}-{seed}", argv, clean, robust)
             content = report(content, "--measure", f"{variant}-{seed}")[1]
@@ -87,7 +87,7 @@ def test_runs_are_compared_seed_by_seed_and_run_once(report, tmp_path):
 def test_shares_of_negative_speeds_are_compared_where_all_runs_tracked_them(report, tmp_path):
     content = comparison(seeds=[0])
     for variant, share in (("one", 0.25), ("two", 0.4)):
-        argv = [*TRAIN.split(), "--seed", "0"]
+        argv = [*TRAIN.split(), *content["variants"][variant].split(), "--seed", "0"]
         finished_run(tmp_path / "runs" / f"{variant}-0", argv, 0.5, {"4/255": 0.25}, {"negative_speeds": share})
         content = report(content, "--measure", f"{variant}-0")[1]
     table, content = report(content)
@@ -99,9 +99,9 @@ def test_shares_of_negative_speeds_are_compared_where_all_runs_tracked_them(repo
 
 
 def test_margins_are_those_of_the_last_epoch_on_held_out_images(report, tmp_path):
-    content = comparison(attack="margins", images=16, radii=["1", "64"], seeds=[0])
-    flags = [*TRAIN.split(), "--burn-in-epochs", "0", "--validation-size", "8", "--validation-attack-iter", "1"]
-    flags += ["--output-dir", str(tmp_path / "runs"), "--name", "one-0", "--device", "cpu"]
+    short = f"{TRAIN} --burn-in-epochs 0 --validation-size 8 --validation-attack-iter 1"
+    content = comparison(train=short, attack="margins", images=16, radii=["1", "64"], seeds=[0])
+    flags = [*short.split(), "--output-dir", str(tmp_path / "runs"), "--name", "one-0", "--device", "cpu"]
     assert train.main(flags) == 0
     assert report(content, "--attack")[0].split() == []
     (run,) = report(content, "--measure", "one-0")[1]["runs"]
@@ -115,7 +115,12 @@ def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_pa
     torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "a.pt")
     content = comparison(train=f"{TRAIN} --pretrained {tmp_path}/a.pt")
     finished_run(tmp_path / "runs" / "one-0", TRAIN.split(), 0.5, {"4/255": 0.25})
-    content = report(content, "--measure", "one-0")[1]
+    with pytest.raises(
+        ValueError, match=r"runs/one-0: one-0 was trained with burn_in_epochs 10, now 0, pretrained_sha256 N"
+    ):
+        report(content, "--measure", "one-0")
+    finished_run(tmp_path / "runs" / "one-3", content["train"].split(), 0.5, {"4/255": 0.25})
+    content = report(content, "--measure", "one-3")[1]
     assert "seed" not in content["settings"]["one"]
     # A setting that came later was what it is for folders from before.
     of_one = {name: value for name, value in content["settings"]["one"].items() if name != "adaptive_steps"}
@@ -124,7 +129,7 @@ def test_what_the_flags_meant_is_not_compared_with_what_they_mean(report, tmp_pa
     with pytest.raises(ValueError, match="one was trained with adaptive_steps False, now True; compare"):
         report(before | {"variants": content["variants"] | {"one": "--adaptive-steps true"}}, "--todo")
     torch.save(create_model("wrn-10-1-swish").state_dict(), tmp_path / "a.pt")
-    with pytest.raises(ValueError, match="one was trained with pretrained_sha256 .*, now .*in a new file"):
+    with pytest.raises(ValueError, match="one was trained with pretrained_sha256 .*, now .*in a new place"):
         report(content)
     content["train"] = TRAIN
     content["settings"]["one"] = content["settings"]["one"] | {"search_steps": 1, "pretrained_sha256": None}
