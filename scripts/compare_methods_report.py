@@ -170,7 +170,9 @@ class Comparison:
 
     def figures(self, run: Run, version: str = "custom") -> dict[str, Any] | None:
         """What is known of a run by an attack; what its folder knows is kept."""
-        now = {name: value for name, value in deciding_settings(run.flags).items() if name != "lr"}
+        now = deciding_settings(run.flags)
+        if "lr" in run.key:  # a record says it for itself
+            del now["lr"]
         version = CURVE if run.tuning else version
         key = run.key | {"version": version, "n": run.images(version)}
         if run.name in self.settings:
