@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evaluation.candidate import sha256
+from evaluation.environment import device_name
 from experiment.settings import PLACE, resolve, upgraded
 from experiment.train_flags import parse
 
@@ -28,6 +31,11 @@ def trained_by() -> str | None:
         return None
     commit = git("log", "-1", "--format=%h", "--abbrev=7")
     return commit + "+" * bool(git("status", "--porcelain")) if commit else None
+
+
+def made_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The machine and the code that trained a run, as they are now: to be asked right after it."""
+    return {"machine": device_name(torch.device(settings["device"])), "code": trained_by()}
 
 
 def deciding_settings(flags: str) -> dict[str, Any]:

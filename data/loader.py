@@ -177,9 +177,8 @@ class Loader:
         return to_input(images), labels
 
     def _there(self, values: np.ndarray) -> torch.Tensor:
-        """The values on `device`; a GPU takes them from pinned memory when it comes to it, without being waited for."""
         found = torch.from_numpy(values)
-        return found.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else found
+        return _copied(found, self.device) if self.device.type == "cuda" else found
 
 
 def _joined(pieces: Sequence["Future[Split]"]) -> Split:
@@ -191,8 +190,13 @@ def _joined(pieces: Sequence["Future[Split]"]) -> Split:
 def _begin_to_copy(split: Split, stream: torch.cuda.Stream) -> tuple[Split, torch.cuda.Event]:
     """Let `stream` copy to its GPU: the copies, and the event after which they are there."""
     with torch.cuda.stream(stream):
-        copies = Split(*(tensor.pin_memory().to(stream.device, non_blocking=True) for tensor in split))
+        copies = Split(*(_copied(tensor, stream.device) for tensor in split))
         return copies, stream.record_event()
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a GPU, which takes it from pinned memory when it comes to it, without being waited for."""
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def first_examples(split: Split, n: int, seed: int) -> Split:

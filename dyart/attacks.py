@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dyart.margin import logit_margin
+from dyart.margin import check_batch, logit_margin
 from dyart.modes import frozen
 from dyart.noise import Source, draw
 
@@ -106,8 +106,7 @@ def pgd(
         raise ValueError("objective 'kl' has no gradient at x itself: start must be 'uniform' or 'normal', got 'none'")
     if x.dim() < 2 or y.shape != x.shape[:1]:
         raise ValueError(f"x must have shape (n, ...) and y shape (n,), got {tuple(x.shape)} and {tuple(y.shape)}")
-    if not ((x >= 0) & (x <= 1)).all():
-        raise ValueError("x must lie in [0, 1]")
+    check_batch(x, y)
     if x.shape[0] == 0:
         return x.detach().clone()
 

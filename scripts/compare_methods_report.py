@@ -25,11 +25,9 @@ import matplotlib
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
 from analysis.budget import LEARNING_RATES, METHODS, plan, spent
-from analysis.comparison import check_alike, deciding, deciding_settings, of_several_codes, trained_by
-from evaluation.environment import device_name
+from analysis.comparison import check_alike, deciding, deciding_settings, made_by, of_several_codes
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
@@ -165,14 +163,18 @@ class Comparison:
         self.args = args
         content = read_json(args.output) if args.output.exists() else {}
         self.known: list[dict[str, Any]] = content.get("runs", [])
+        # By the names of runs, what their flags stood for and what they stand for now.
         self.settings: dict[str, dict[str, Any]] = content.get("settings", {})
+        self.now: dict[str, dict[str, Any]] = {}
         self.middle = sorted(args.budget)[(len(args.budget) - 1) // 2]
 
     def figures(self, run: Run, version: str = "custom") -> dict[str, Any] | None:
         """What is known of a run by an attack; what its folder knows is kept."""
-        now = deciding_settings(run.flags)
-        if "lr" in run.key:  # a record says it for itself
-            del now["lr"]
+        if run.name not in self.now:
+            self.now[run.name] = deciding_settings(run.flags)
+            if "lr" in run.key:  # a record says it for itself
+                del self.now[run.name]["lr"]
+        now = self.now[run.name]
         version = CURVE if run.tuning else version
         key = run.key | {"version": version, "n": run.images(version)}
         if run.name in self.settings:
@@ -217,9 +219,9 @@ class Comparison:
 
     def leaders(self) -> list[Run]:
         """The runs of the methods that lead a budget by the shorter attack."""
-        found = []
+        found, every = [], self.runs()
         for budget in sorted(self.args.budget):
-            runs = [run for run in self.runs() if run.key["budget"] == budget]
+            runs = [run for run in every if run.key["budget"] == budget]
             means = {
                 method: statistics.mean(figures["robust"] for figures in known)
                 for method in self.args.methods
@@ -301,8 +303,7 @@ def main() -> int:
     args = build_parser().parse_args()
     if args.measure:
         if not (args.measure / TRAINED).exists():
-            device = Experiment.open(args.measure).settings["device"]
-            write_json(args.measure / TRAINED, {"machine": device_name(torch.device(device)), "code": trained_by()})
+            write_json(args.measure / TRAINED, made_by(Experiment.open(args.measure).settings))
         return 0
     comparison = Comparison(args)
     if args.todo:

@@ -28,14 +28,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 
 from analysis.budget import spent
-from analysis.comparison import check_alike, deciding, deciding_settings, of_several_codes, trained_by
+from analysis.comparison import check_alike, deciding, deciding_settings, made_by, of_several_codes
 from analysis.curve import measure_distances
 from data import first_examples
 from evaluation.candidate import load_candidate, load_part
-from evaluation.environment import device_name
 from evaluation.results import Results
 from experiment import flags
 from experiment.folder import Experiment
@@ -90,11 +88,7 @@ class Comparison:
         accuracies = self._margins(experiment) if self.content["attack"] == "margins" else self._autoattack(experiment)
         run = {"variant": variant, "seed": int(seed), "accuracy": accuracies}
         run |= {"clean_epochs_spent": round(spent(settings, rows), 2)}
-        run |= {
-            "training_seconds": round(sum(row["seconds"] for row in rows)),
-            "machine": device_name(torch.device(settings["device"])),
-            "code": trained_by(),
-        }
+        run |= {"training_seconds": round(sum(row["seconds"] for row in rows)), **made_by(settings)}
         run["validation"] = [[round(100 * row[key], 1) for key in ("val_clean", "val_robust")] for row in rows]
         tracked = [row["negative_speeds"] for row in rows if row.get("negative_speeds") is not None]
         if tracked:  # --track-dynamics

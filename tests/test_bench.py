@@ -47,10 +47,11 @@ def test_smoke_run(tmp_path):
         ratio = times[name]["seconds"]["median"] / times[of]["seconds"]["median"]
         assert times[name]["ratio"]["median"] == pytest.approx(ratio)  # there is one round
         assert name in run.stdout
+    assert times["search, fab"]["ratio"]["median"] > 2
     passes = {name: times[name]["passes"] for name in cost.STEPS}
     assert passes["clean step"] == pytest.approx(3, rel=0.02) and passes["N-FGSM step"] == pytest.approx(5, rel=0.02)
     assert passes["PGD-10 AT step"] == pytest.approx(23, rel=0.02)
-    assert 3 < passes["DyART step"] < passes["DyART step, --search fast"]
+    assert 3 < passes["DyART step"] < passes["DyART step, --search fast"] < passes["DyART step, --search fab"]
     assert passes["DyART step, --search fab"] > 3 * passes["DyART step, --search fast"]
     assert passes["DyART step"] == pytest.approx(3 + 9 * workload["correct_timed"], rel=0.1)
     assert set(workload["memory"]) == {"clean step", "DyART step"}

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from runs import finished_run
 
+from analysis import comparison
+
 ROOT = Path(__file__).resolve().parents[1]
 # What the stand-ins for trainings come to, by their flags.
 BY_RATE = {"0.2": 0.2, "0.4": 0.3, "0.8": 0.25}
@@ -31,7 +33,6 @@ def report(tmp_path, monkeypatch, capsys):
         assert script.main() == 0
         return capsys.readouterr().out
 
-    call.script = script
     return call
 
 
@@ -104,7 +105,7 @@ def test_choices_are_made_on_held_out_images_and_runs_follow_them(report, tmp_pa
         report()
 
 
-def test_a_folder_of_other_trainings_is_not_taken_for_these(report, tmp_path):
+def test_a_folder_of_other_trainings_is_not_taken_for_these(report, tmp_path, monkeypatch):
     lines = report("--todo", "tuning").splitlines()
     for line in lines:
         finish(line)
@@ -115,7 +116,7 @@ def test_a_folder_of_other_trainings_is_not_taken_for_these(report, tmp_path):
     # Which code and machine it was is written down at once, and once.
     folder = Path(lines[0].split()[0])
     for code in ("1111111", "2222222"):
-        report.script.trained_by = lambda code=code: code
+        monkeypatch.setattr(comparison, "trained_by", lambda code=code: code)
         report("--measure", str(folder))
     assert json.loads((folder / "trained.json").read_text())["code"] == "1111111"
     report()
