@@ -24,7 +24,6 @@ from analysis.subject import autoattack_points, load_subject
 from analysis.toy import draw_toy
 from data import Split
 from dyart.losses import LOSSES
-from dyart.margin import SEARCHES
 from dyart.modes import PRECISIONS, has_fast_bfloat16
 from evaluation.candidate import load_part
 from evaluation.environment import versions
@@ -34,6 +33,8 @@ from experiment.build import load_splits
 from experiment.weights import IMAGES_HELP, add_model_flags
 from storage.files import naming, write_csv, write_json
 
+# Iterations for boundary points: walks to the nearest of several classes want more than `find_boundary` does.
+SEARCH_STEPS = 20
 # As in the paper.
 COMPARED = ["clean", "at", "trades", "mart", "dyart"]
 
@@ -58,8 +59,8 @@ def build_parser() -> flags.Parser:
     )
     amp = "bfloat16, in the updates only (searches where it is quick, else none; with --direction step, the run's)"
     g.add_argument("--amp", choices=PRECISIONS, default=None, help=amp)
-    steps = SEARCHES["fast"][1]
-    g.add_argument("--search-steps", type=flags.whole(least=1), default=steps, help="iterations for boundary points")
+    steps = "iterations for boundary points"
+    g.add_argument("--search-steps", type=flags.whole(least=1), default=SEARCH_STEPS, help=steps)
     g.add_argument("--history-examples", type=flags.whole(least=1), default=100, help="images, for other checkpoints")
     g.add_argument("--check-speeds", metavar="N", type=flags.whole(), default=0, help="measure N margins' real changes")
     g.add_argument("--nearest", type=flags.whole(least=1), default=8, help="examples shown as images")

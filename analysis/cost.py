@@ -19,8 +19,8 @@ from tqdm import tqdm
 from data import DEFAULT_DATA_DIR, balanced_subset, has_test, to_input
 from dyart.averaging import WeightAverage
 from dyart.graphs import CudaGraphs
-from dyart.losses import LOSSES, SHARED
-from dyart.margin import CORRECT_ABOVE, SEARCHES, find_boundary, soft_logit_margin, value_and_gradient
+from dyart.losses import LOSSES, SHARED, TRAINING_STEPS
+from dyart.margin import CORRECT_ABOVE, find_boundary, soft_logit_margin, value_and_gradient
 from dyart.modes import batch_norm_momentum, frozen, mixed_precision
 from dyart.projection import NORMS
 from evaluation.candidate import load_candidate, load_part, load_test
@@ -203,11 +203,12 @@ def measure_times(workload: Workload, options: dict[str, Any], rate: float) -> d
 
     def search(name: str, graphs: CudaGraphs | None) -> None:
         with workload.autocast():
-            find_boundary(model, x, y, norm=workload.norm, search=name, graphs=graphs)
+            options = {"search": name, "steps": TRAINING_STEPS[name], "graphs": graphs}
+            find_boundary(model, x, y, norm=workload.norm, **options)
 
     def passes() -> None:
         input_gradient()
-        for _ in range(SEARCHES["fast"][1]):
+        for _ in range(TRAINING_STEPS["fast"]):
             input_gradient(rows)
 
     trained = copy.deepcopy(model).train()

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from analysis.cost import Workload
-from dyart.losses import SHARED, SHARED_STEPS, clean_loss, dyart_loss
+from dyart.losses import SHARED, TRAINING_STEPS, clean_loss, dyart_loss
 from dyart.margin import (
     SEARCHES,
     Boundary,
@@ -39,10 +39,11 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
     multiple of that one's; nothing where that one is 0.
     """
     count, size = options["examples"], options["batch_size"]
-    fast, shared = ({default, *options["steps"]} for default in (SEARCHES["fast"][1], SHARED_STEPS))
+    fast, shared = ({TRAINING_STEPS[search], *options["steps"]} for search in ("fast", SHARED))
+    fast |= {SEARCHES["fast"][1]}
     searches: dict[str, dict[str, Any]] = {f"fast, {steps} steps": {"steps": steps} for steps in sorted(fast)}
     searches |= {f"shared, {steps} steps": {"search": SHARED, "steps": steps} for steps in sorted(shared)}
-    searches["shared, adaptive"] = {"search": SHARED, "steps": SHARED_STEPS, "adaptive_steps": True}
+    searches["shared, adaptive"] = {"search": SHARED, "steps": TRAINING_STEPS[SHARED], "adaptive_steps": True}
     searches["fab, 20 steps (released)"] = {"search": "fab"}
     runs = {"reference": {"search": "fab", "steps": REFERENCE_STEPS, "init_radius": 0.0}} | searches
     margins: dict[str, list[Tensor]] = {name: [] for name in runs}

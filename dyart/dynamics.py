@@ -196,7 +196,7 @@ def negative_speed_share(
     below: float = 8 / 255,
     norm: str = "Linf",
     temperature: float = math.inf,
-    search_steps: int = 10,
+    search_steps: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> float:
     """Of the vulnerable examples of a batch, the share that one step of `method` on that batch brings nearer still.
@@ -209,8 +209,8 @@ def negative_speed_share(
         Vulnerable are the correctly classified examples with a margin below this, in pixels of [0, 1].
     norm, temperature
         The boundary; temperature inf is the exact one.
-    search_steps : int
-        Iterations of the "fast" search for boundary points.
+    search_steps : int, optional
+        Iterations of the "fast" search for boundary points; by default those of `find_boundary`.
     method, options
         The loss whose gradient is stepped along, and its arguments; see `update_direction`.
 
@@ -234,7 +234,7 @@ def negative_speeds(
     below: float = 8 / 255,
     norm: str = "Linf",
     temperature: float = math.inf,
-    search_steps: int = 10,
+    search_steps: int | None = None,
 ) -> Tensor:
     """Of each vulnerable example, whether `direction` brings its boundary nearer: 1 or 0; nan for the others. (n,)
 

@@ -32,9 +32,10 @@ from dyart.margin import (
 from dyart.modes import batch_norm_momentum
 from dyart.noise import Source
 
-# The search of `dyart_loss` whose passes are shared with the loss, and the linearizations that it takes.
+# The search of `dyart_loss` whose passes are shared with the loss.
 SHARED = "shared"
-SHARED_STEPS = 3
+# How many steps each search takes in training, where rougher points do than for measuring margins (docs/results.md).
+TRAINING_STEPS = {SHARED: 3, "fast": 6, "fab": 20}
 # It searches what the clean pass, in train mode, gives a Φ_β above this: of the images that are right in eval mode
 # a tenth is not quite right there, and it is the most vulnerable; below this are nearly none (docs/results.md).
 SEARCHED_ABOVE = -0.5
@@ -359,9 +360,11 @@ def dyart_loss(
         α: the smaller a margin, the larger its weight exp(−αR); R in pixels of [0, 1].
     r0 : float
         Margins of r0 and more are left alone.
-    temperature, norm, steps, init_radius, generator, graphs
+    temperature, norm, init_radius, generator, graphs
         The boundary search, see `dyart.margin.find_boundary`; of "shared", `dyart.margin.approach_boundary`, which
         takes no init_radius and no graphs.
+    steps : int, optional
+        Of the search; by default those that do for training, `TRAINING_STEPS`.
     search : str
         "fast" or "fab", those of `find_boundary`; or "shared".
     high_quality : bool
@@ -394,6 +397,7 @@ def dyart_loss(
         raise ValueError(f"overshoot must be finite and at least 0, got {overshoot}")
     if adaptive_steps and search != SHARED:
         raise ValueError(f"adaptive_steps goes with search {SHARED!r}, not with {search!r}")
+    steps = TRAINING_STEPS.get(search) if steps is None else steps
     if search == SHARED:
         if init_radius or high_quality or graphs is not None:
             raise ValueError(f"search {SHARED!r} takes no init_radius, no high_quality and no graphs")
@@ -401,7 +405,6 @@ def dyart_loss(
         logits = _logits(model, x)
         clean = _freed(F.cross_entropy(logits, y), model)
         among = soft_logit_margin(logits.detach(), y, temperature) > SEARCHED_ABOVE
-        steps = SHARED_STEPS if steps is None else steps
         options = {"norm": norm, "temperature": temperature, "steps": steps}
         reach = r0 if adaptive_steps and 0 < r0 < math.inf else None
         boundary, linearized, rows = approach_counting(model, x, y, among=among, reach=reach, **options)

@@ -6,8 +6,7 @@ The paper's (Xu et al., 2023, section 5 and appendix), but for what is said not 
 from typing import Any
 
 from data import is_path
-from dyart.losses import SHARED, SHARED_STEPS
-from dyart.margin import SEARCHES
+from dyart.losses import SHARED, TRAINING_STEPS
 
 CIFAR10 = {
     "model": "wrn-28-10-swish",
@@ -48,9 +47,9 @@ MOMENTUM = 0.9
 # on points of the fast one as they are, models are a little more accurate and a little less robust (docs/results.md),
 # trained 5 % beyond them, alike.
 TRAINING = {
-    SHARED: {"search_steps": SHARED_STEPS, "overshoot": 0.05, "high_quality": False},
-    "fast": {"search_steps": SEARCHES["fast"][1], "overshoot": 0.05, "high_quality": True},
-    "fab": {"search_steps": SEARCHES["fab"][1], "overshoot": 0.0, "high_quality": True},
+    SHARED: {"search_steps": TRAINING_STEPS[SHARED], "overshoot": 0.05, "high_quality": False},
+    "fast": {"search_steps": TRAINING_STEPS["fast"], "overshoot": 0.05, "high_quality": True},
+    "fab": {"search_steps": TRAINING_STEPS["fab"], "overshoot": 0.0, "high_quality": True},
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import bench
 from analysis import company, cost
 from analysis.company import PARTS, SHARED_OUT
-from dyart.losses import SHARED_STEPS
+from dyart.losses import TRAINING_STEPS
 from dyart.margin import SEARCHES, find_boundary
 from experiment.processes import ALONE
 
@@ -58,16 +58,18 @@ def test_smoke_run(tmp_path):
     for peak in workload["memory"].values():
         assert min(peak["mib"], peak["resident_mib"]) > 1
         assert peak["of_clean"] == peak["mib"] / workload["memory"]["clean step"]["mib"]
-    reference, fast, shared, adaptive, released = workload["quality"]
+    reference, rough, fast, shared, adaptive, released = workload["quality"]
     assert all(row["gradient_cosine"] > 0.5 for row in workload["quality"])
     assert (
         reference["gradient_cosine"] == pytest.approx(1, abs=1e-5)
-        and shared["search"] == f"shared, {SHARED_STEPS} steps"
+        and shared["search"] == f"shared, {TRAINING_STEPS['shared']} steps"
         and adaptive["search"] == "shared, adaptive"
     )
     assert reference["ratio_mean"] == 1
+    assert rough["search"] == f"fast, {TRAINING_STEPS['fast']} steps"
     assert fast["search"] == f"fast, {SEARCHES['fast'][1]} steps"
     assert 0.9 < fast["ratio_mean"] < released["ratio_mean"] * 1.1
+    assert 0.9 < rough["ratio_mean"] < released["ratio_mean"] * 1.1
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Loader, Split, load_data, to_input
-from dyart.losses import LOSSES, clean_loss, dyart_loss
+from dyart.losses import LOSSES, TRAINING_STEPS, clean_loss, dyart_loss
 from dyart.margin import (
     approach_boundary,
     find_boundary,
@@ -131,7 +131,7 @@ def test_batch_norm_sees_the_boundary_points_first_then_the_clean_batch():
     y = model.eval()(x).argmax(1)
     y[::3] = (y[::3] + 1) % 3
     by_hand = copy.deepcopy(model)
-    boundary = find_boundary(by_hand, x, y)
+    boundary = find_boundary(by_hand, x, y, steps=TRAINING_STEPS["fast"])
     kept = is_locally_closest(x, boundary)
     assert 5 < kept.sum() < 20
     by_hand.train()
@@ -164,6 +164,19 @@ def test_loss_can_be_scaled_accumulated_and_frozen_in_part():
     torch.testing.assert_close(model[3].weight.grad.flatten(), expected[-68:-4])
     model.requires_grad_(False)
     assert dyart_loss(model, x, y, **OBJECTIVE)[0].isfinite()
+
+
+@pytest.mark.parametrize("search", TRAINING_STEPS)
+def test_a_search_takes_the_steps_of_training(search):
+    """Fewer than find_boundary takes to measure margins, where nobody says how many."""
+    model = mlp()
+    x, y = batch(model)
+    options = {"search": search, "high_quality": False}
+    asked, usual, more = (
+        gradient(dyart_loss(model, x, y, **options, **steps, generator=torch.Generator().manual_seed(0))[0], model)
+        for steps in ({"steps": TRAINING_STEPS[search]}, {}, {"steps": TRAINING_STEPS[search] + 1})
+    )
+    assert torch.equal(asked, usual) and not torch.equal(usual, more)
 
 
 def test_search_and_training_leave_no_trace_of_each_other():
@@ -235,7 +248,7 @@ def test_metrics():
     model = mlp()
     x, y = batch(model)
     loss, metrics = dyart_loss(model, x, y, **OBJECTIVE)
-    boundary = find_boundary(model, x, y)
+    boundary = find_boundary(model, x, y, steps=TRAINING_STEPS["fast"])
     assert set(metrics) == {"loss", "clean_loss", "robust_loss", "clean_accuracy", "found", "kept", "margins"}
     assert not any(value.requires_grad for value in metrics.values())
     torch.testing.assert_close(metrics["clean_loss"] + metrics["robust_loss"], loss.detach())
@@ -285,7 +298,7 @@ def test_compiled_model_gives_the_same_gradient(search):
 def test_beyond_r0_nothing_pushes():
     model = mlp()
     x, y = batch(model)
-    margins = find_boundary(model, x, y).margin
+    margins = find_boundary(model, x, y, steps=TRAINING_STEPS["fast"]).margin
     shortest = margins[margins > 0].min().item()
     options = OBJECTIVE | {"r0": shortest * (1 - 1e-9)}
     clean = gradient(clean_loss(model, x, y)[0], model)

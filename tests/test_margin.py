@@ -13,6 +13,7 @@ from torch import nn
 
 from dyart import margin as margin_module
 from dyart.dynamics import refined_margin
+from dyart.losses import TRAINING_STEPS
 from dyart.margin import (
     MAX_GRADIENT_WEIGHT,
     SEARCHES,
@@ -278,8 +279,8 @@ def test_fab_is_the_released_recipe():
 def test_fast_comes_closer_than_fab_in_a_third_of_its_steps():
     model, x = steepened(conv_net()), images(60, 3, 4, 4)
     y = model(x).argmax(1)
-    fast, fab = find_boundary(model, x, y), find_boundary(model, x, y, search="fab")
-    assert SEARCHES["fab"][1] >= 3 * SEARCHES["fast"][1]
+    fast, fab = (find_boundary(model, x, y, search=name, steps=TRAINING_STEPS[name]) for name in ("fast", "fab"))
+    assert TRAINING_STEPS["fab"] == SEARCHES["fab"][1] >= 3 * TRAINING_STEPS["fast"]
     assert fast.found.sum() >= fab.found.sum() > 20
     both = fast.found & fab.found
     assert (fast.margin / fab.margin)[both].mean() < 1

@@ -10,6 +10,8 @@ from evaluations import cifar10_test
 import eval as eval_script
 import export
 from data import to_input
+from dyart.losses import TRAINING_STEPS
+from dyart.margin import find_boundary
 from evaluation.candidate import load_candidate, sha256
 from storage.files import read_json
 
@@ -47,6 +49,20 @@ def test_attacked_again_it_is_as_accurate_as_its_record_says(path, tmp_path):
     (found,) = read_json(tmp_path / f"{path.name}.autoattack.json")
     for name in ("sha256", "test_sha256", "eps", "version", "seed", "clean_accuracy", "robust_accuracy"):
         assert found[name] == expected[name], name
+
+
+def test_margins_are_measured_within_three_percent_of_a_long_search(path):
+    """By default, with one pass a step; by as many steps of training, further off than that."""
+    test, model = cifar10_test(), load_candidate(path).model
+    x, y = to_input(test.images[:48]), test.labels[:48]
+    long = find_boundary(model, x, y, search="fab", steps=100, init_radius=0.0)
+    assert long.found.sum() > 24
+    mean = {}
+    for steps in (None, TRAINING_STEPS["fast"]):
+        boundary = find_boundary(model, x, y, steps=steps)
+        assert torch.equal(boundary.found, long.found)
+        mean[steps] = (boundary.margin / long.margin)[long.found].mean()
+    assert mean[None] <= 1.03 and mean[None] < mean[TRAINING_STEPS["fast"]]
 
 
 def test_the_readmes_example_measures_margins(path, capsys):
