@@ -151,8 +151,8 @@ def print_tables(figures: dict[str, Any]) -> None:
         )
     if figures["quality"]:
         print(f"\n| {'distances, of the reference':27} | found |  kept |  mean | median |  95 % | mean |Φ| ", end="")
-        print("| cosine |  norm |")
-        print(f"| {'-' * 27} | ----: | ----: | ----: | -----: | ----: | -------: | -----: | ----: |")
+        print("| cosine |  least |  norm |")
+        print(f"| {'-' * 27} | ----: | ----: | ----: | -----: | ----: | -------: | -----: | -----: | ----: |")
     for row in figures["quality"]:
         ratios = " | ".join(f"{row.get(key, math.nan):{w}.3f}" for key, w in RATIOS.items())
         print(f"| {row['search']:27} | {row['found']:.3f} | {row['kept']:.3f} | {ratios} |")
@@ -176,7 +176,7 @@ def print_processes(figures: dict[str, Any], size: int) -> None:
 
 
 RATIOS = {"ratio_mean": 5, "ratio_median": 6, "ratio_95": 5, "distance_from_boundary": 8}
-RATIOS |= {"gradient_cosine": 6, "gradient_norm": 5}
+RATIOS |= {"gradient_cosine": 6, "gradient_cosine_least": 6, "gradient_norm": 5}
 
 
 def interval(values: dict[str, float], scale: float, digits: int) -> str:

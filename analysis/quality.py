@@ -35,8 +35,8 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
     are too far to be worth another linearization.
 
     Of the gradient of DyART's robust term in the parameters, with r0 and alpha of the training, without filter and
-    overshoot, on one batch in train mode: its cosine with the one at the long search's points, and its norm as a
-    multiple of that one's; nothing where that one is 0.
+    overshoot, on each whole batch in train mode: its cosine with the one at the long search's points, and its norm as a
+    multiple of that one's, as means over the batches, and the least cosine; nothing where that one is 0.
     """
     count, size = options["examples"], options["batch_size"]
     fast, shared = ({TRAINING_STEPS[search], *options["steps"]} for search in ("fast", SHARED))
@@ -64,10 +64,10 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
             found[name].append(boundary.found)
             kept[name].append(is_locally_closest(x, boundary, workload.norm))
             values[name].append(boundary.value)
-    gradients = _robust_gradients(workload, options, runs)
-    reference, exact = torch.cat(margins["reference"]), gradients["reference"]
+    against = _gradients_against_the_first(workload, options, runs)
+    reference = torch.cat(margins["reference"])
     figures = []
-    for name, gradient in gradients.items():
+    for name in runs:
         margin, is_found = torch.cat(margins[name]), torch.cat(found[name])
         counts = (margin > 0) & (reference > 0)
         ratio = (margin / reference)[counts].double()
@@ -77,9 +77,10 @@ def measure_quality(workload: Workload, options: dict[str, Any]) -> list[dict[st
             row |= {"ratio_mean": ratio.mean().item(), "ratio_median": ratio.median().item()}
             row |= {"ratio_95": ratio.quantile(0.95).item(), "margin_median": margin[counts].median().item()}
             row["distance_from_boundary"] = torch.cat(values[name])[counts].abs().mean().item()
-        if exact.any():
-            row["gradient_cosine"] = torch.nn.functional.cosine_similarity(gradient, exact, dim=0).item()
-            row["gradient_norm"] = (gradient.norm() / exact.norm()).item()
+        if against[name]:
+            cosines, norms = torch.tensor(against[name]).unbind(1)
+            row |= {"gradient_cosine": cosines.mean().item(), "gradient_cosine_least": cosines.min().item()}
+            row |= {"gradient_norm": norms.mean().item(), "gradient_batches": len(cosines)}
         figures.append(row)
     return figures
 
@@ -104,11 +105,24 @@ def _search(
     return boundary._replace(found=boundary.found & (value < 0), value=value, grad=grad.view_as(x))
 
 
-def _robust_gradients(
+def _gradients_against_the_first(
     workload: Workload, options: dict[str, Any], runs: dict[str, dict[str, Any]]
+) -> dict[str, list[tuple[float, float]]]:
+    """Cosine and norm of each search's gradient on each whole batch, by that of the first search, where it is not 0."""
+    size, against = options["batch_size"], {name: [] for name in runs}
+    for start in range(0, max(options["examples"] - size, 0) + 1, size):
+        gradients = _robust_gradients(workload, slice(start, start + size), options["seed"], runs)
+        exact = next(iter(gradients.values()))
+        for name, gradient in gradients.items() if exact.any() else ():
+            cosine = torch.nn.functional.cosine_similarity(gradient, exact, dim=0)
+            against[name].append((cosine.item(), (gradient.norm() / exact.norm()).item()))
+    return against
+
+
+def _robust_gradients(
+    workload: Workload, batch: slice, seed: int, runs: dict[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """The gradient of the robust term on the first batch in the parameters, in train mode, flat; for each search."""
-    batch = slice(options["batch_size"])
+    """The gradient of the robust term on a batch in the parameters, in train mode, flat; for each search."""
     x, y = workload.x[batch], workload.y[batch]
 
     def gradient_of(loss_function: Callable[..., tuple[Tensor, Any]], **arguments: Any) -> Tensor:
@@ -119,7 +133,7 @@ def _robust_gradients(
 
     clean, gradients = gradient_of(clean_loss), {}
     for name, arguments in runs.items():
-        generator = torch.Generator(x.device).manual_seed(options["seed"])
+        generator = torch.Generator(x.device).manual_seed(seed)
         objective = {**workload.objective, "lambda_robust": 1.0, "norm": workload.norm, "high_quality": False}
         gradients[name] = gradient_of(dyart_loss, **objective, generator=generator, **arguments) - clean
     return gradients

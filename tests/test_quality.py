@@ -41,5 +41,24 @@ def test_the_gradient_of_a_search_is_held_against_the_long_ones(monkeypatch):
     cosines = [rows[f"fast, {steps} steps"]["gradient_cosine"] for steps in (1, 3, 6, 10)]
     assert cosines == sorted(cosines) and cosines[2] > 0.95
     assert 0.5 < rows["shared, 1 steps"]["gradient_cosine"] < rows["shared, 3 steps"]["gradient_cosine"] < 1
+    assert all(row["gradient_batches"] == 1 for row in rows.values())
     # Of points that nobody looked at some lie before the boundary.
     assert rows["shared, 1 steps"]["found"] < rows["fast, 6 steps"]["found"]
+
+
+def test_gradients_are_compared_on_every_whole_batch():
+    """On each as on it alone: their mean, and the least cosine."""
+    few, many = options("--examples", "8", "--steps"), options("--examples", "28", "--steps")
+    workload = cost.load_workload(None, many)
+    rows = {row["search"]: row for row in measure_quality(workload, many)}
+    alone = []
+    for start in (0, 8, 16):
+        part = workload._replace(x=workload.x[start : start + 8], y=workload.y[start : start + 8])
+        alone.append({row["search"]: row for row in measure_quality(part, few)})
+    for search in ("shared, 3 steps", "fast, 6 steps"):
+        cosines = [of[search]["gradient_cosine"] for of in alone]
+        assert len(set(cosines)) == 3 == rows[search]["gradient_batches"]
+        assert rows[search]["gradient_cosine"] == pytest.approx(sum(cosines) / 3, rel=1e-4)
+        assert rows[search]["gradient_cosine_least"] == pytest.approx(min(cosines), rel=1e-4)
+        norms = [of[search]["gradient_norm"] for of in alone]
+        assert rows[search]["gradient_norm"] == pytest.approx(sum(norms) / 3, rel=1e-4)
